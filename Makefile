@@ -1,0 +1,46 @@
+# `make demo` and `make test` need only Python 3.11+, make and a network.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# On Linux, torch comes with CUDA (several GB), which also runs on a CPU. TORCH_INDEX=<address of PyTorch's CPU wheel
+# index> saves the download.
+TORCH_INDEX ?=
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint types stubs clean
+
+help:
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(INSTALL) --editable '.[dev]'
+	@touch $@
+
+demo: $(VENV)/.installed ## serve the bundled model, make three clips, write them to out/
+	$(BIN)/python -m cinecat.server.demo --out out
+
+test: lint types ## lint, types and tests
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(VENV)/.installed ## the tests that take minutes
+	$(BIN)/python -m pytest -m slow --timeout=1800
+
+lint: $(VENV)/.installed ## formatting and lint
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+# mypy follows folders, not package-dir: give it the import tree as links.
+types: $(VENV)/.installed ## strict types
+	@rm -rf build/typing && mkdir -p build/typing/cinecat
+	@ln -s $(addprefix $(CURDIR)/,$(wildcard protos/cinecat/*)) build/typing/cinecat/
+	@ln -s $(addprefix $(CURDIR)/,server engines plugins) build/typing/cinecat/
+	$(BIN)/mypy -p cinecat
+
+stubs: $(VENV)/.installed ## regenerate the gRPC stubs from the protos
+	$(BIN)/python -m tests.protos.stubs protos
+
+clean: ## remove everything that make made
+	rm -rf $(VENV) build out

@@ -1,0 +1,227 @@
+"""The engine core: requests as small states, moved on by one call at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cinecat.engines import stages
+from cinecat.engines.cache import ContentCache
+from cinecat.engines.checkpoint import find_checkpoint
+from cinecat.engines.denoise import Branch, Denoiser, TorchBlocks
+from cinecat.engines.errors import EngineError
+from cinecat.engines.messages import (
+    VAE_TEMPORAL_STRIDE,
+    Conditioned,
+    CoreConfig,
+    Decoded,
+    ModelInfo,
+    Shot,
+    StageTime,
+    Stepped,
+)
+from cinecat.engines.model import WanModel, load_model, synchronize
+from cinecat.engines.slots import Factors, StyleSlots, Worn
+from cinecat.plugins.lora import load_lora
+
+
+@dataclass
+class _Request:
+    """What one request is between two calls."""
+
+    latents: Tensor  # [1, 16, latent frames, height / 8, width / 8], float32
+    condition: Tensor  # [1, 20, latent frames, height / 8, width / 8], float32
+    branches: tuple[Branch, ...]  # the prompt's, then with guidance the negative prompt's
+    guidance_scale: float
+    scheduler: Any
+    worn: Worn
+    step: int = 0
+    decoder: stages.ClipDecoder | None = field(default=None)
+
+
+class EngineCore:
+    """A loaded model and the requests in it. Not thread-safe: one caller, one call at a time."""
+
+    def __init__(self, config: CoreConfig) -> None:
+        """Loads the model.
+
+        Raises:
+            ModelError: it cannot be served here.
+        """
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        checkpoint = find_checkpoint(config.model, Path(config.model_cache))
+        self._model = load_model(checkpoint, config.device, config.dtype)
+        parameters, weights_bytes = _size(self._model)
+        transformer = self._model.transformer
+        self._slots = StyleSlots(transformer.blocks, config.style_slots, config.max_rank, self._model.dtype)
+        blocks = TorchBlocks(transformer, self._slots)
+        self._denoiser = Denoiser(transformer, blocks)
+        self._cache = ContentCache(config.cache_bytes)
+        self._requests: dict[str, _Request] = {}
+        positions = transformer.config.rope_max_seq_len
+        self.model_info = ModelInfo(
+            name=checkpoint.name,
+            family=checkpoint.family,
+            fingerprint=checkpoint.fingerprint,
+            device=str(self._model.device),
+            dtype=str(self._model.dtype).removeprefix("torch."),
+            engine=blocks.name,
+            parameters=parameters,
+            weights_bytes=weights_bytes,
+            size_multiple=self._pixel_stride * transformer.config.patch_size[1],
+            max_frames=(positions - 1) * VAE_TEMPORAL_STRIDE + 1,
+            max_size=positions * self._pixel_stride * transformer.config.patch_size[1],
+            max_rank=config.max_rank,
+            style_targets=dict(self._slots.targets),
+        )
+
+    @property
+    def _pixel_stride(self) -> int:
+        """Pixels per latent, along width and height."""
+        return int(self._model.vae.config.scale_factor_spatial)
+
+    @torch.inference_mode()
+    def condition(self, shot: Shot) -> Conditioned:
+        """Encodes a request's inputs, makes its styles resident and draws its noise.
+
+        Raises:
+            EngineError: its styles cannot be worn.
+        """
+        self.release(shot.job_id)
+        model, clock = self._model, _Clock(self._model.device)
+        guided = shot.guidance_scale > 1.0
+        prompts = [shot.prompt, shot.negative_prompt] if guided else [shot.prompt]
+        image_key = hashlib.sha256(shot.image.tobytes()).digest(), shot.image.shape
+        texts = clock.time(
+            "text_encode",
+            lambda: [
+                self._cache.get(("text", prompt), lambda prompt=prompt: stages.encode_text(model, prompt))  # type: ignore[misc]
+                for prompt in prompts
+            ],
+        )
+        image = clock.time(
+            "image_encode",
+            lambda: [self._cache.get(("image", image_key), lambda: stages.encode_image(model, shot.image))],
+        )[0]
+        condition = clock.time(
+            "vae_encode",
+            lambda: [
+                self._cache.get(
+                    ("condition", image_key, shot.frames),
+                    lambda: stages.encode_condition(model, shot.image, shot.frames),
+                )
+            ],
+        )[0]
+        latent_shape = (1, model.vae.config.z_dim, *condition.shape[2:])
+        worn = self._slots.wear(
+            {style.fingerprint: style.strength for style in shot.styles},
+            lambda fingerprint: _load_style(shot, fingerprint),
+        )
+        try:
+            self._requests[shot.job_id] = _Request(
+                latents=stages.starting_noise(shot.seed, latent_shape, model.device),
+                condition=condition,
+                branches=tuple(self._denoiser.project_context(text, image) for text in texts),
+                guidance_scale=shot.guidance_scale,
+                scheduler=model.new_scheduler(shot.steps),
+                worn=worn,
+            )
+        except BaseException:
+            self._slots.take_off(worn)
+            raise
+        tokens = self._denoiser.token_count(*latent_shape[2:])
+        notes = ()
+        if stages.prompt_is_truncated(model, shot.prompt):
+            notes = (f"prompt: cut after {stages.TEXT_TOKENS} tokens, which is all that the text encoder reads",)
+        return Conditioned(tuple(clock.timings), tokens_used=tokens, tokens_uniform=tokens, notes=notes)
+
+    @torch.inference_mode()
+    def step(self, job_id: str) -> Stepped:
+        """Runs the next denoising step.
+
+        Raises:
+            EngineError: the request is unknown or has done all its steps.
+        """
+        request = self._request(job_id)
+        timesteps = request.scheduler.timesteps
+        if request.step >= len(timesteps):
+            raise EngineError(f"job {job_id} has done all its {len(timesteps)} steps")
+        started = time.perf_counter()
+        timestep = timesteps[request.step]
+        velocities = self._denoiser.velocities(
+            request.latents, request.condition, timestep, request.branches, request.worn
+        )
+        velocity = velocities[0]
+        if len(velocities) == 2:
+            velocity = velocities[1] + request.guidance_scale * (velocities[0] - velocities[1])
+        request.latents = request.scheduler.step(velocity, timestep, request.latents, return_dict=False)[0]
+        request.step += 1
+        synchronize(self._model.device)
+        return Stepped(request.step, len(timesteps), time.perf_counter() - started)
+
+    @torch.inference_mode()
+    def decode(self, job_id: str, write: Callable[[Tensor], None]) -> Decoded:
+        """Decodes the next latent frame and hands its frames, float32 [count, height, width, 3] in [0, 1], to `write`.
+
+        Raises:
+            EngineError: the request is unknown, has steps left, or is decoded to its end.
+        """
+        request = self._request(job_id)
+        if request.step < len(request.scheduler.timesteps):
+            raise EngineError(f"job {job_id} has {len(request.scheduler.timesteps) - request.step} steps left")
+        started = time.perf_counter()
+        if request.decoder is None:
+            request.decoder = stages.ClipDecoder.start(self._model, request.latents)
+        decoder = request.decoder
+        if decoder.frame >= decoder.total_frames:
+            raise EngineError(f"job {job_id} has decoded all its {decoder.total_frames} frames")
+        first = decoder.frame
+        frames = decoder.next_frames()
+        write(frames)
+        return Decoded(first, decoder.frame - first, decoder.total_frames, time.perf_counter() - started)
+
+    def release(self, job_id: str) -> None:
+        """Frees a request, if it is known."""
+        request = self._requests.pop(job_id, None)
+        if request is not None:
+            self._slots.take_off(request.worn)
+
+    def _request(self, job_id: str) -> _Request:
+        request = self._requests.get(job_id)
+        if request is None:
+            raise EngineError(f"job {job_id} is not in the engine core")
+        return request
+
+
+class _Clock:
+    """Times stages whose work comes from the content cache."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.timings: list[StageTime] = []
+
+    def time(self, stage: str, work: Callable[[], list[tuple[Tensor, bool]]]) -> list[Tensor]:
+        started = time.perf_counter()
+        results = work()
+        synchronize(self._device)
+        cached = all(known for _, known in results)
+        self.timings.append(StageTime(stage, time.perf_counter() - started, cached))
+        return [tensor for tensor, _ in results]
+
+
+def _load_style(shot: Shot, fingerprint: str) -> Factors:
+    path = next(style.path for style in shot.styles if style.fingerprint == fingerprint)
+    return load_lora(Path(path))
+
+
+def _size(model: WanModel) -> tuple[int, int]:
+    parameters = [p for module in model.modules for p in module.parameters()]
+    return sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters)

@@ -1,0 +1,19 @@
+"""What can go wrong in the compute rooms, free of torch so that the front can import it."""
+
+from __future__ import annotations
+
+
+class EngineError(Exception):
+    """A request that the engine could not carry out; the engine itself is fine."""
+
+
+class ModelError(EngineError):
+    """A model folder that cannot be served; the message names what is missing."""
+
+
+class OutOfMemory(EngineError):
+    """The device or the host has too little memory for the request."""
+
+
+class CoreDied(EngineError):
+    """The engine core's process ended, or never became ready."""

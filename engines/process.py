@@ -1,0 +1,124 @@
+"""The engine core's process: spawned, never forked, and gone when its parent is.
+
+This module is imported by the front to spawn from, so it brings in torch only inside the child.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+from multiprocessing.connection import Connection, wait
+from multiprocessing.shared_memory import SharedMemory
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cinecat.engines.errors import EngineError, ModelError, OutOfMemory
+from cinecat.engines.messages import (
+    Answer,
+    Call,
+    Condition,
+    CoreConfig,
+    Decode,
+    Failure,
+    Ready,
+    Release,
+    Released,
+    Step,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cinecat.engines.core import EngineCore
+
+log = logging.getLogger(__name__)
+
+
+def run_core(connection: Connection, config: CoreConfig) -> None:
+    """Body of the process: loads the model, says Ready, then answers calls until the pipe closes."""
+    # The parent decides when to stop; a Ctrl-C in the terminal must not tear a step.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _die_with_parent()
+    try:
+        from cinecat.engines.core import EngineCore
+
+        core = EngineCore(config)
+    except Exception as error:
+        connection.send(_failure(error))
+        return
+    connection.send(Ready(core.model_info))
+    while True:
+        try:
+            call: Call = connection.recv()
+        except EOFError:
+            return
+        try:
+            answer = _answer(core, call)
+        except Exception as error:
+            answer = _failure(error)
+        connection.send(answer)
+        if isinstance(answer, Failure) and answer.fatal:
+            # After a device error every later result is in doubt: a new process is the only clean state.
+            return
+
+
+def _die_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+
+
+def _answer(core: EngineCore, call: Call) -> Answer:
+    match call:
+        case Condition(shot):
+            return core.condition(shot)
+        case Step(job_id):
+            return core.step(job_id)
+        case Decode(job_id, buffer, dtype):
+            return core.decode(job_id, lambda frames: _write_frames(frames, buffer, dtype))
+        case Release(job_id):
+            core.release(job_id)
+            return Released()
+
+
+def _write_frames(frames: Tensor, buffer: str, dtype: str) -> None:
+    values = frames.cpu().numpy()
+    if dtype == "uint8":
+        values = (values * 255.0).round().astype(np.uint8)
+    memory = SharedMemory(name=buffer)
+    try:
+        target: np.ndarray[tuple[int, ...], np.dtype[np.generic]]
+        target = np.ndarray(values.shape, dtype=values.dtype, buffer=memory.buf)
+        target[:] = values
+        del target
+    finally:
+        memory.close()
+
+
+def _failure(error: Exception) -> Failure:
+    import torch
+
+    message = f"{error}" or type(error).__name__
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return Failure("memory", f"out of memory: {message.splitlines()[0]}")
+    if isinstance(error, OutOfMemory):
+        return Failure("memory", message)
+    if isinstance(error, ModelError):
+        return Failure("model", message)
+    if isinstance(error, EngineError) or type(error).__module__.startswith("cinecat.plugins"):
+        return Failure("request", message)
+    log.exception("engine core failed", exc_info=error)
+    fatal = isinstance(error, torch.AcceleratorError) or "CUDA error" in message
+    return Failure("internal", f"{type(error).__name__}: {message}", fatal=fatal)

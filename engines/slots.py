@@ -1,0 +1,190 @@
+"""Style slots: LoRA factors as inputs of the forward, chosen row by row.
+
+Every linear that a style may change reads banks A [layers, slots + 1, rank, in] and B [layers, slots + 1, out, rank]:
+y = W x + strength * B[slot] (A[slot] x), with slot and strength given per row. Slot 0 is "no style" and stays zero.
+A style is made resident by copying it into a slot; the weights W are never written.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cinecat.engines.errors import EngineError
+
+# LoRA factors by module path, e.g. "blocks.0.attn2.to_q" -> (A [rank, in], B [out, rank]), scaling folded in.
+Factors = Mapping[str, tuple[Tensor, Tensor]]
+
+_TARGETS = (
+    *(f"{attention}.{linear}" for attention in ("attn1", "attn2") for linear in ("to_q", "to_k", "to_v", "to_out.0")),
+    "attn2.add_k_proj",
+    "attn2.add_v_proj",
+    "ffn.net.0.proj",
+    "ffn.net.2",
+)
+
+
+@dataclass
+class _Rows:
+    """Which slot each row of the running forward wears; None while no row wears any."""
+
+    slots: Tensor | None = None  # int64 [rows]
+    strengths: Tensor | None = None  # [rows, 1, 1]
+
+
+class SlottedLinear(nn.Module):
+    """A linear layer that adds each row's style. Input [rows, n, in], output [rows, n, out]."""
+
+    def __init__(self, base: nn.Linear, bank_a: Tensor, bank_b: Tensor, rows: _Rows) -> None:
+        super().__init__()
+        self.base = base
+        self._bank_a = bank_a  # [slots + 1, rank, in]
+        self._bank_b = bank_b  # [slots + 1, out, rank]
+        self._rows = rows
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base(x)
+        if self._rows.slots is None:
+            return y
+        low = x @ self._bank_a[self._rows.slots].mT
+        return y + self._rows.strengths * (low @ self._bank_b[self._rows.slots].mT)
+
+
+@dataclass(frozen=True)
+class Worn:
+    """A styled request's place in the banks: the slot, and the strength that its rows give it."""
+
+    slot: int
+    strength: float
+
+
+NO_STYLE = Worn(slot=0, strength=0.0)
+
+
+class StyleSlots:
+    """The banks of a transformer and what is resident in them.
+
+    One style takes a slot as it is, its strength given per row. Several styles worn together are stacked along the
+    rank with their strengths folded in, which is exact: B1 A1 + B2 A2 = [B1 B2] [A1; A2].
+    """
+
+    def __init__(self, blocks: nn.ModuleList, slots: int, max_rank: int, dtype: torch.dtype) -> None:
+        """Replaces the target linears of `blocks` and allocates the banks.
+
+        Args:
+            blocks: diffusers' WanTransformerBlocks, all alike.
+            slots: styles resident at once.
+            max_rank: rank of a slot.
+        """
+        self._slots = slots
+        self._max_rank = max_rank
+        self._rows = _Rows()
+        self._banks: dict[str, tuple[Tensor, Tensor]] = {}
+        self._resident: OrderedDict[tuple[tuple[str, float | None], ...], int] = OrderedDict()
+        self._users = [0] * (slots + 1)
+        self.targets: dict[str, tuple[int, int]] = {}
+        for target in _TARGETS:
+            layers = [block.get_submodule(target) for block in blocks]
+            first = layers[0]
+            device = first.weight.device
+            bank_a = torch.zeros(len(layers), slots + 1, max_rank, first.in_features, dtype=dtype, device=device)
+            bank_b = torch.zeros(len(layers), slots + 1, first.out_features, max_rank, dtype=dtype, device=device)
+            self._banks[target] = (bank_a, bank_b)
+            for index, block in enumerate(blocks):
+                block.set_submodule(target, SlottedLinear(layers[index], bank_a[index], bank_b[index], self._rows))
+                self.targets[f"blocks.{index}.{target}"] = (first.in_features, first.out_features)
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the banks."""
+        return sum(bank.numel() * bank.element_size() for pair in self._banks.values() for bank in pair)
+
+    def wear(self, styles: Mapping[str, float], load: Callable[[str], Factors]) -> Worn:
+        """Makes a combination of styles resident and pins its slot until `take_off`.
+
+        Args:
+            styles: strength by content fingerprint; those at strength 0 do nothing and take no slot.
+            load: reads a style's factors; called only when the combination is not resident.
+
+        Raises:
+            EngineError: every slot is in use, the ranks do not fit a slot, or a style does not fit the model.
+        """
+        active = {fingerprint: strength for fingerprint, strength in sorted(styles.items()) if strength != 0.0}
+        if not active:
+            return NO_STYLE
+        alone = len(active) == 1
+        key = tuple((name, None if alone else strength) for name, strength in active.items())
+        strength = next(iter(active.values())) if alone else 1.0
+        slot = self._resident.get(key)
+        if slot is None:
+            factors = [(load(name), 1.0 if alone else weight) for name, weight in active.items()]
+            self._check(factors)
+            slot = self._free_slot()
+            self._write(slot, factors)
+            self._resident[key] = slot
+        self._resident.move_to_end(key)
+        self._users[slot] += 1
+        return Worn(slot, strength)
+
+    def take_off(self, worn: Worn) -> None:
+        """Ends one use of a slot; the style stays resident until its slot is needed."""
+        if worn.slot:
+            self._users[worn.slot] -= 1
+
+    def dress(self, rows: list[Worn]) -> None:
+        """Says what each row of the coming forwards wears."""
+        if not any(worn.slot for worn in rows):
+            self._rows.slots = self._rows.strengths = None
+            return
+        bank = next(iter(self._banks.values()))[0]
+        self._rows.slots = torch.tensor([worn.slot for worn in rows], device=bank.device)
+        self._rows.strengths = torch.tensor([worn.strength for worn in rows], device=bank.device, dtype=bank.dtype).view(
+            -1, 1, 1
+        )
+
+    def _free_slot(self) -> int:
+        taken = set(self._resident.values())
+        for slot in range(1, self._slots + 1):
+            if slot not in taken:
+                return slot
+        for key, slot in self._resident.items():  # least recently used first
+            if not self._users[slot]:
+                del self._resident[key]
+                return slot
+        raise EngineError(f"styles: all {self._slots} style slots are in use by running requests")
+
+    def _check(self, styles: list[tuple[Factors, float]]) -> None:
+        ranks: dict[str, int] = {}
+        for factors, _ in styles:
+            for target, (a, b) in factors.items():
+                expected = self.targets.get(target)
+                if expected is None:
+                    raise EngineError(f"styles: the model has no layer {target!r} that a style can change")
+                if (a.shape[1], b.shape[0]) != expected or a.shape[0] != b.shape[1]:
+                    raise EngineError(
+                        f"styles: {target}: factors {tuple(a.shape)} and {tuple(b.shape)} do not fit a "
+                        f"{expected[0]} -> {expected[1]} layer"
+                    )
+                ranks[target] = ranks.get(target, 0) + a.shape[0]
+        if ranks and max(ranks.values()) > self._max_rank:
+            raise EngineError(f"styles: ranks add up to {max(ranks.values())}, a slot holds {self._max_rank}")
+
+    def _write(self, slot: int, styles: list[tuple[Factors, float]]) -> None:
+        """Overwrites the whole slot, so that nothing of its last style stays in layers the new one leaves out."""
+        for bank_a, bank_b in self._banks.values():
+            bank_a[:, slot].zero_()
+            bank_b[:, slot].zero_()
+        used: dict[str, int] = {}
+        for factors, weight in styles:
+            for path, (a, b) in factors.items():
+                _, layer, target = path.split(".", 2)
+                bank_a, bank_b = self._banks[target]
+                start = used.get(path, 0)
+                end = start + a.shape[0]
+                bank_a[int(layer), slot, start:end].copy_(a)
+                bank_b[int(layer), slot, :, start:end].copy_(b * weight)
+                used[path] = end
