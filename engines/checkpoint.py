@@ -58,7 +58,9 @@ def find_checkpoint(model: str, cache: Path) -> Checkpoint:
         return _describe(folder.resolve())
     if _HUB_ID.fullmatch(model):
         return _describe(_download(model))
-    raise ModelError(f"model: {model!r} is neither {BUNDLED_MODEL!r}, nor a folder that exists, nor a hub id (owner/name)")
+    raise ModelError(
+        f"model: {model!r} is neither {BUNDLED_MODEL!r}, nor a folder that exists, nor a hub id (owner/name)"
+    )
 
 
 def _bundled(cache: Path) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -121,10 +122,10 @@ class EngineCore:
             ],
         )[0]
         latent_shape = (1, model.vae.config.z_dim, *condition.shape[2:])
-        worn = self._slots.wear(
-            {style.fingerprint: style.strength for style in shot.styles},
-            lambda fingerprint: _load_style(shot, fingerprint),
-        )
+        strengths: defaultdict[str, float] = defaultdict(float)
+        for style in shot.styles:
+            strengths[style.fingerprint] += style.strength  # one file under two names
+        worn = self._slots.wear(strengths, lambda fingerprint: _load_style(shot, fingerprint))
         try:
             self._requests[shot.job_id] = _Request(
                 latents=stages.starting_noise(shot.seed, latent_shape, model.device),
@@ -138,7 +139,7 @@ class EngineCore:
             self._slots.take_off(worn)
             raise
         tokens = self._denoiser.token_count(*latent_shape[2:])
-        notes = ()
+        notes: tuple[str, ...] = ()
         if stages.prompt_is_truncated(model, shot.prompt):
             notes = (f"prompt: cut after {stages.TEXT_TOKENS} tokens, which is all that the text encoder reads",)
         return Conditioned(tuple(clock.timings), tokens_used=tokens, tokens_uniform=tokens, notes=notes)

@@ -82,7 +82,7 @@ class Denoiser:
     def token_count(self, latent_frames: int, latent_height: int, latent_width: int) -> int:
         """Tokens of the uniform path: one for each (1, 2, 2) patch of the latents."""
         patch_t, patch_h, patch_w = self._transformer.config.patch_size
-        return (latent_frames // patch_t) * (latent_height // patch_h) * (latent_width // patch_w)
+        return int((latent_frames // patch_t) * (latent_height // patch_h) * (latent_width // patch_w))
 
     def velocities(
         self, latents: Tensor, condition: Tensor, timestep: Tensor, branches: tuple[Branch, ...], worn: Worn

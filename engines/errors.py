@@ -17,3 +17,7 @@ class OutOfMemory(EngineError):
 
 class CoreDied(EngineError):
     """The engine core's process ended, or never became ready."""
+
+
+class EngineFault(EngineError):
+    """The engine failed in a way that is not the request's fault."""

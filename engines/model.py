@@ -99,7 +99,9 @@ def _device(name: str) -> torch.device:
     except RuntimeError as error:
         raise ModelError(f"device: {name!r} is not one of auto, cpu, cuda, cuda:N") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ModelError(f"device: {name!r} is not there; torch {torch.__version__} sees {torch.cuda.device_count()} GPUs")
+        raise ModelError(
+            f"device: {name!r} is not there; torch {torch.__version__} sees {torch.cuda.device_count()} GPUs"
+        )
     return device
 
 

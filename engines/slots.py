@@ -48,7 +48,7 @@ class SlottedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base(x)
-        if self._rows.slots is None:
+        if self._rows.slots is None or self._rows.strengths is None:
             return y
         low = x @ self._bank_a[self._rows.slots].mT
         return y + self._rows.strengths * (low @ self._bank_b[self._rows.slots].mT)
@@ -88,7 +88,7 @@ class StyleSlots:
         self._users = [0] * (slots + 1)
         self.targets: dict[str, tuple[int, int]] = {}
         for target in _TARGETS:
-            layers = [block.get_submodule(target) for block in blocks]
+            layers = [_linear(block, target) for block in blocks]
             first = layers[0]
             device = first.weight.device
             bank_a = torch.zeros(len(layers), slots + 1, max_rank, first.in_features, dtype=dtype, device=device)
@@ -142,9 +142,9 @@ class StyleSlots:
             return
         bank = next(iter(self._banks.values()))[0]
         self._rows.slots = torch.tensor([worn.slot for worn in rows], device=bank.device)
-        self._rows.strengths = torch.tensor([worn.strength for worn in rows], device=bank.device, dtype=bank.dtype).view(
-            -1, 1, 1
-        )
+        self._rows.strengths = torch.tensor(
+            [worn.strength for worn in rows], device=bank.device, dtype=bank.dtype
+        ).view(-1, 1, 1)
 
     def _free_slot(self) -> int:
         taken = set(self._resident.values())
@@ -188,3 +188,9 @@ class StyleSlots:
                 bank_a[int(layer), slot, start:end].copy_(a)
                 bank_b[int(layer), slot, :, start:end].copy_(b * weight)
                 used[path] = end
+
+
+def _linear(block: nn.Module, target: str) -> nn.Linear:
+    module = block.get_submodule(target)
+    assert isinstance(module, nn.Linear), target
+    return module

@@ -49,7 +49,8 @@ def encode_image(model: WanModel, image: NDArray[np.uint8]) -> Tensor:
     """CLIP's penultimate hidden states [1, patches + 1, image_dim], in the model's dtype, of uint8 [H, W, 3]."""
     pixels = model.image_processor(images=Image.fromarray(image), return_tensors="pt").pixel_values
     hidden = model.image_encoder(pixel_values=pixels.to(model.device), output_hidden_states=True).hidden_states[-2]
-    return hidden.to(model.dtype)
+    states: Tensor = hidden.to(model.dtype)
+    return states
 
 
 def encode_condition(model: WanModel, image: NDArray[np.uint8], frames: int) -> Tensor:
@@ -65,9 +66,8 @@ def encode_condition(model: WanModel, image: NDArray[np.uint8], frames: int) -> 
     height, width = image.shape[:2]
     grey = first.new_zeros((1, 3, VAE_TEMPORAL_STRIDE, height, width))
     cache: list[Tensor | str | None] = [None] * vae._cached_conv_counts["encoder"]
-    chunks = []
-    for chunk in range(1 + (frames - 1) // VAE_TEMPORAL_STRIDE):
-        chunks.append(vae.encoder(first if chunk == 0 else grey, feat_cache=cache, feat_idx=[0]))
+    inputs = [first] + [grey] * ((frames - 1) // VAE_TEMPORAL_STRIDE)
+    chunks = [vae.encoder(frame, feat_cache=cache, feat_idx=[0]) for frame in inputs]
     # The first half of the moments is the mean, which is the mode.
     mode = vae.quant_conv(torch.cat(chunks, dim=2)).chunk(2, dim=1)[0]
     mean, inverse_std = _latent_statistics(model, mode)
@@ -114,7 +114,8 @@ class ClipDecoder:
         self.latent_frame += 1
         self.frame += video.shape[2]
         unit = (video[0].float().clamp(-1.0, 1.0) / 2 + 0.5).clamp(0.0, 1.0)
-        return unit.permute(1, 2, 3, 0).contiguous()
+        frames: Tensor = unit.permute(1, 2, 3, 0).contiguous()
+        return frames
 
 
 def _latent_statistics(model: WanModel, like: Tensor) -> tuple[Tensor, Tensor]:

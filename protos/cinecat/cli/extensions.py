@@ -1,0 +1,50 @@
+"""Commands of other packages and extras: entry points of the group `cinecat.commands`.
+
+Each loads to a typer.Typer or to a function with typer's annotations. They are listed without being imported, because
+those of the server import torch.
+"""
+
+from importlib.metadata import EntryPoint, entry_points
+
+import typer
+import typer.main
+
+GROUP = "cinecat.commands"
+_SUMMARIES = {
+    "serve": "Serve a model over gRPC.",
+    "bench": "Measure this machine against other ways to do the same work.",
+}
+
+
+class MissingExtra(Exception):
+    """The command cannot be loaded with what is installed; the message says what to install."""
+
+
+def installed() -> dict[str, EntryPoint]:
+    """The commands by name."""
+    return {entry.name: entry for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name)}
+
+
+def summary(entry: EntryPoint) -> str:
+    """One line for the list of commands."""
+    return _SUMMARIES.get(entry.name) or f"From {entry.dist.name if entry.dist else entry.module}."
+
+
+def run(entry: EntryPoint, arguments: list[str]) -> object:
+    """Loads and runs the command. Raises MissingExtra, and what the command raises."""
+    try:
+        target = entry.load()
+        if not isinstance(target, typer.Typer):
+            app = typer.Typer(add_completion=False, rich_markup_mode=None)
+            app.command()(target)
+            target = app
+        command = typer.main.get_command(target)
+        return command.main(args=arguments, prog_name=f"cinecat {entry.name}", standalone_mode=False)
+    except ModuleNotFoundError as error:
+        # A module of this package that is missing is a broken installation, not a missing extra.
+        if (error.name or "cinecat").partition(".")[0] == "cinecat":
+            raise
+        extra = entry.extras[0] if entry.extras else "serve"
+        raise MissingExtra(
+            f"cinecat {entry.name} needs an extra: pip install 'cinecat[{extra}]' (no module named {error.name!r})"
+        ) from error

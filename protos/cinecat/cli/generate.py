@@ -1,0 +1,129 @@
+"""`cinecat generate`: an image and a prompt become a file."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cinecat.cli import output as out
+from cinecat.cli.options import DEFAULT_ADDRESS, Json, Server, connect
+from cinecat.cli.progress import ProgressDisplay
+from cinecat.client import Client, Generation
+from cinecat.clip import Clip
+from cinecat.errors import CinecatError, NotFound
+from cinecat.events import Event, Finished
+
+
+def generate(
+    image: Annotated[str, typer.Argument(metavar="IMAGE", help="The first frame: PNG, JPEG, WebP or TIFF.")],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What happens in the clip.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Where to save the mp4.")
+    ] = None,
+    style: Annotated[
+        list[str] | None,
+        typer.Option("--style", "-s", metavar="NAME[:STRENGTH]", help="A style to wear; may be repeated."),
+    ] = None,
+    size: Annotated[str | None, typer.Option("--size", metavar="WxH", help="Pixels, e.g. 832x480.")] = None,
+    frames: Annotated[int | None, typer.Option("--frames", help="Frames in the clip, 4k + 1.")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="Denoising steps.")] = None,
+    guidance: Annotated[float | None, typer.Option("--guidance", help="Guidance scale; 1 switches it off.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Seed of the noise; drawn when left out.")] = None,
+    fps: Annotated[float | None, typer.Option("--fps", help="Frames per second of the mp4.")] = None,
+    negative_prompt: Annotated[str, typer.Option("--negative-prompt", help="What must not happen.")] = "",
+    fit: Annotated[
+        str | None, typer.Option("--fit", metavar="crop|pad|stretch", help="How the image is brought to size.")
+    ] = None,
+    model: Annotated[str, typer.Option("--model", help="A model that `cinecat models` lists.")] = "",
+    tokenization: Annotated[
+        str | None,
+        typer.Option("--tokenization", metavar="uniform|cat", help="cat spends fewer tokens where little happens."),
+    ] = None,
+    keep_ratio: Annotated[
+        float | None, typer.Option("--keep-ratio", help="Share of the tokens that cat may spend.")
+    ] = None,
+    frames_f32: Annotated[
+        Path | None,
+        typer.Option("--frames-f32", metavar="FILE", help="Also save the decoded frames, as float32 safetensors."),
+    ] = None,
+    detach: Annotated[bool, typer.Option("--detach", help="Submit, print the job's id and leave.")] = False,
+    server: Server = DEFAULT_ADDRESS,
+    as_json: Json = False,
+) -> None:
+    """Make a clip from an image and a prompt."""
+    if detach and (output or frames_f32):
+        raise out.usage_error("--detach saves nothing; fetch the files later with: cinecat jobs download ID -o FILE")
+    if not detach and output is None:
+        raise out.usage_error("where should the clip go? Give -o FILE, or --detach")
+    # What the strings may be is checked by the client, as for every caller.
+    clip: dict[str, Any] = {
+        "image": image,
+        "prompt": prompt,
+        "negative_prompt": negative_prompt,
+        "style": style,
+        "size": size,
+        "frames": frames,
+        "steps": steps,
+        "guidance": guidance,
+        "seed": seed,
+        "fps": fps,
+        "fit": fit,
+        "model": model,
+        "tokenization": tokenization,
+        "keep_ratio": keep_ratio,
+        "artifacts": ("mp4", "frames_f32") if frames_f32 else (),
+    }
+    with connect(server) as client:
+        if detach:
+            job = client.submit(**clip)
+            out.show_json(out.job_json(job)) if as_json else out.show(job.job_id)
+            return
+        made = _run(client.generate(output=output, **clip), quiet=as_json)
+        files = {"frames_f32": str(_save_frames(client, made, frames_f32))} if frames_f32 else {}
+    if as_json:
+        out.show_json(out.clip_json(made, output) | files)
+    else:
+        _tell(made, output)
+
+
+def follow(events: Iterator[Event], *, quiet: bool) -> Clip:
+    """Shows `events` as they come and returns the clip at their end."""
+    with ProgressDisplay(quiet=quiet) as display:
+        for event in events:
+            display.show(event)
+            if isinstance(event, Finished):
+                return event.clip
+    raise CinecatError("the server ended the events without a result")
+
+
+def describe(clip: Clip) -> str:
+    """A clip in one line."""
+    seconds = sum(clip.timings.values())
+    return (
+        f"{clip.frames} frames {clip.width}x{clip.height} at {clip.fps:g} fps, seed {clip.seed}, style {clip.style}, "
+        f"{clip.tokenization} {clip.tokens_used}/{clip.tokens_uniform} tokens, {clip.engine}, {seconds:.1f} s"
+    )
+
+
+def _run(generation: Generation, *, quiet: bool) -> Clip:
+    try:
+        return follow(generation, quiet=quiet)
+    except KeyboardInterrupt:
+        if not generation.job_id:
+            raise out.Interrupted("interrupted before the server had named the job") from None
+        generation.cancel()
+        raise out.Interrupted(f"interrupted; job {generation.job_id} cancelled", job_id=generation.job_id) from None
+
+
+def _save_frames(client: Client, clip: Clip, output: Path) -> Path:
+    for artifact in clip.artifacts:
+        if artifact.format == "frames_f32":
+            return client.download(clip.job_id, output, artifact.name)
+    raise NotFound(f"job {clip.job_id} wrote no frames_f32", job_id=clip.job_id)
+
+
+def _tell(clip: Clip, output: Path | None) -> None:
+    for note in clip.notes:
+        out.say(note)
+    out.show(f"{output}: {describe(clip)}")

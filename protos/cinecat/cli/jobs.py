@@ -1,0 +1,108 @@
+"""`cinecat jobs`: what the server does and did."""
+
+from itertools import islice
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cinecat.cli import output as out
+from cinecat.cli.generate import describe, follow
+from cinecat.cli.options import DEFAULT_ADDRESS, JobId, Json, Server, connect
+from cinecat.clip import Job
+from cinecat.states import JobState
+
+app = typer.Typer(help="List jobs; show, watch, cancel or download one.", rich_markup_mode=None)
+
+
+@app.callback(invoke_without_command=True)
+def jobs(
+    context: typer.Context,
+    state: Annotated[
+        list[JobState] | None,
+        typer.Option("--state", metavar="STATE", help="Only jobs in this state, e.g. queued; may be repeated."),
+    ] = None,
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="At most this many.")] = 20,
+    server: Server = DEFAULT_ADDRESS,
+    as_json: Json = False,
+) -> None:
+    """List jobs, newest first; the commands below act on one."""
+    if context.invoked_subcommand:
+        return
+    with connect(server) as client:
+        found = list(islice(client.jobs(state or ()), limit))
+    if as_json:
+        out.show_json({"jobs": [out.job_json(job) for job in found]})
+        return
+    out.show_table(("JOB", "STATE", "PROGRESS", "CREATED", "SIZE", "FRAMES", "STYLE", "PROMPT"), list(map(_row, found)))
+
+
+@app.command()
+def show(job_id: JobId, server: Server = DEFAULT_ADDRESS, as_json: Json = False) -> None:
+    """Show all that is known of a job."""
+    with connect(server) as client:
+        job = client.job(job_id)
+    fields = out.job_json(job)
+    if as_json:
+        out.show_json(fields)
+    else:
+        out.show_table(("FIELD", "VALUE"), list(fields.items()))
+
+
+@app.command()
+def watch(job_id: JobId, server: Server = DEFAULT_ADDRESS, as_json: Json = False) -> None:
+    """Follow a job to its end. Ctrl-C stops following, not the job."""
+    with connect(server) as client:
+        try:
+            clip = follow(client.watch(job_id), quiet=as_json)
+        except KeyboardInterrupt:
+            raise out.Interrupted(f"stopped watching; job {job_id} goes on", job_id=job_id) from None
+    if as_json:
+        out.show_json(out.clip_json(clip))
+    else:
+        out.show(f"{clip.job_id}: {describe(clip)}")
+
+
+@app.command()
+def cancel(job_id: JobId, server: Server = DEFAULT_ADDRESS, as_json: Json = False) -> None:
+    """Ask a job to stop."""
+    with connect(server) as client:
+        job = client.cancel(job_id)
+    if as_json:
+        out.show_json(out.job_json(job))
+    elif job.state.is_final:
+        out.show(f"{job.job_id}: {job.state}")
+    else:
+        out.show(f"{job.job_id}: stopping")
+
+
+@app.command()
+def download(
+    job_id: JobId,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Where to save it.")],
+    artifact: Annotated[str, typer.Option("--artifact", help="Which file of the job; its first one if left out.")] = "",
+    server: Server = DEFAULT_ADDRESS,
+    as_json: Json = False,
+) -> None:
+    """Save a file that a job wrote."""
+    with connect(server) as client:
+        path = client.download(job_id, output, artifact)
+    size_bytes = path.stat().st_size
+    if as_json:
+        out.show_json({"job_id": job_id, "status": "succeeded", "output": str(path), "size_bytes": size_bytes})
+    else:
+        out.show(f"{path}: {size_bytes:,} bytes")
+
+
+def _row(job: Job) -> tuple[object, ...]:
+    settings = job.settings
+    return (
+        job.job_id,
+        job.state,
+        f"{job.step}/{job.total_steps}" if job.total_steps else "",
+        job.create_time.astimezone().strftime("%Y-%m-%d %H:%M:%S") if job.create_time else "",
+        f"{settings.width}x{settings.height}",
+        settings.frames,
+        settings.style,
+        settings.prompt[:60],
+    )

@@ -1,0 +1,250 @@
+"""The client for threads. `cinecat.aio` is its twin for asyncio; they share everything but the waiting."""
+
+import os
+import time
+import uuid
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol, TypeVar, Unpack, overload
+
+import grpc
+
+from cinecat.attachment import Attachment
+from cinecat.catalog import ModelInfo, StyleInfo, StyleList, model_from_proto, style_from_proto, style_list
+from cinecat.clip import Clip, Job, job_from_proto
+from cinecat.errors import CinecatError, JobCancelled, from_rpc
+from cinecat.events import Finished, Progress, event_from_proto
+from cinecat.request import ClipArguments, build_clip, list_request
+from cinecat.retry import CHANNEL_OPTIONS, DEFAULT_ADDRESS
+from cinecat.states import JobState
+from cinecat.transfer import Transfer, check_output, select_artifact
+from cinecat.v1 import clip_pb2, generation_pb2, job_pb2, models_pb2, styles_pb2
+from cinecat.v1.generation_pb2_grpc import GenerationStub
+from cinecat.v1.models_pb2_grpc import ModelsStub
+from cinecat.v1.styles_pb2_grpc import StylesStub
+
+_Request = TypeVar("_Request", contravariant=True)
+_Response = TypeVar("_Response", covariant=True)
+
+
+class _Unary(Protocol[_Request, _Response]):
+    def __call__(self, request: _Request, *, timeout: float) -> _Response: ...
+
+
+class Client:
+    """A connection to a Cinecat server. Safe to use from several threads; close it, or use it as a context manager.
+
+    `timeout_s` bounds every call that answers once. A stream that breaks off is resumed for up to `patience_s` seconds
+    after the last thing received. With `channel`, `address` is not used and the channel stays open; give it
+    `cinecat.retry.CHANNEL_OPTIONS` to have its unary calls repeated while the server is unavailable.
+
+    Methods raise CinecatError, and OSError when an output file cannot be written.
+    """
+
+    def __init__(
+        self,
+        address: str = DEFAULT_ADDRESS,
+        *,
+        timeout_s: float = 30.0,
+        patience_s: float = 60.0,
+        channel: grpc.Channel | None = None,
+    ) -> None:
+        self._owned = grpc.insecure_channel(address, options=CHANNEL_OPTIONS) if channel is None else None
+        channel = channel or self._owned
+        assert channel is not None
+        self._timeout_s = timeout_s
+        self._patience_s = patience_s
+        self._generation = GenerationStub(channel)
+        self._styles = StylesStub(channel)
+        self._models = ModelsStub(channel)
+
+    def __enter__(self) -> "Client":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the connection, unless it was given to the client."""
+        if self._owned is not None:
+            self._owned.close()
+
+    def generate(self, *, output: str | os.PathLike[str] | None = None, **clip: Unpack[ClipArguments]) -> "Generation":
+        """Makes a clip; see `ClipArguments` for `clip`. Saves it at `output`, or leaves it in memory in `Clip.data`.
+
+        Checks the request now (InvalidRequest, RequestTooLarge); sends it once the Generation is iterated. The server
+        cancels the job when nobody follows it; `submit` is for work that runs on its own.
+        """
+        return Generation(self, build_clip(**clip), check_output(output))
+
+    def submit(self, **clip: Unpack[ClipArguments]) -> Job:
+        """Hands a clip to the server, which makes it whether anyone watches or not."""
+        request = generation_pb2.SubmitRequest(clip=build_clip(**clip), request_id=str(uuid.uuid4()))
+        return job_from_proto(self._call(self._generation.Submit, request))
+
+    def watch(self, job_id: str, after_sequence: int = 0) -> Iterator[Progress | Finished]:
+        """The events of a job after `after_sequence`, until it has ended; see `Generation` for what is raised. The clip
+        of the Finished event was not fetched.
+        """
+        attachment = Attachment(patience_s=self._patience_s, job_id=job_id, after_sequence=after_sequence)
+        return map(event_from_proto, self._follow(attachment))
+
+    def job(self, job_id: str) -> Job:
+        return job_from_proto(self._get_job(job_id))
+
+    def jobs(self, states: Iterable[JobState | str] = ()) -> Iterator[Job]:
+        """All jobs in one of `states` (none means all), newest first. Pages are fetched as they are needed."""
+        request = list_request(states)
+        while True:
+            page = self._call(self._generation.ListJobs, request)
+            yield from map(job_from_proto, page.jobs)
+            if not page.next_page_token:
+                return
+            request.page_token = page.next_page_token
+
+    def cancel(self, job_id: str) -> Job:
+        """Asks a job to stop. The job that comes back may still be stopping, or may have ended before."""
+        request = generation_pb2.CancelJobRequest(job_id=job_id)
+        return job_from_proto(self._call(self._generation.CancelJob, request, job_id=job_id))
+
+    @overload
+    def download(self, job_id: str, output: None = None, artifact: str = "") -> bytes: ...
+    @overload
+    def download(self, job_id: str, output: str | os.PathLike[str], artifact: str = "") -> Path: ...
+    def download(self, job_id: str, output: str | os.PathLike[str] | None = None, artifact: str = "") -> bytes | Path:
+        """Fetches an artifact of a job, the first one if `artifact` is empty: its bytes, or the path it was saved at.
+
+        Resumes when the connection breaks off. Raises DownloadCorrupted when size or SHA-256 are not the job's.
+        """
+        path = check_output(output)
+        return self._fetch(self._get_job(job_id), path, artifact)
+
+    def styles(self) -> StyleList:
+        request = styles_pb2.ListStylesRequest()
+        pages = [self._call(self._styles.ListStyles, request)]
+        while pages[-1].next_page_token:
+            request.page_token = pages[-1].next_page_token
+            pages.append(self._call(self._styles.ListStyles, request))
+        return style_list(pages)
+
+    def style(self, name: str, version: str = "") -> StyleInfo:
+        """One style; the newest version if `version` is empty."""
+        request = styles_pb2.GetStyleRequest(name=name, version=version)
+        return style_from_proto(self._call(self._styles.GetStyle, request))
+
+    def models(self) -> list[ModelInfo]:
+        answer = self._call(self._models.ListModels, models_pb2.ListModelsRequest())
+        return list(map(model_from_proto, answer.models))
+
+    def _call(self, method: _Unary[_Request, _Response], request: _Request, *, job_id: str = "") -> _Response:
+        try:
+            return method(request, timeout=self._timeout_s)
+        except grpc.RpcError as error:
+            raise from_rpc(error, job_id=job_id) from error
+
+    def _get_job(self, job_id: str) -> job_pb2.Job:
+        return self._call(self._generation.GetJob, generation_pb2.GetJobRequest(job_id=job_id), job_id=job_id)
+
+    def _follow(self, attachment: Attachment) -> Iterator[job_pb2.JobEvent]:
+        while not attachment.has_ended():
+            request = attachment.next_request()
+            if isinstance(request, generation_pb2.GenerateRequest):
+                stream = self._generation.Generate(request)
+            else:
+                stream = self._generation.Watch(request)
+            broken: grpc.RpcError | None = None
+            try:
+                for event in stream:
+                    if attachment.accept(event):
+                        yield event
+                    if attachment.has_ended():
+                        return
+            except grpc.RpcError as error:
+                broken = error
+            finally:
+                stream.cancel()  # type: ignore[no-untyped-call]
+            time.sleep(attachment.delay_after(broken))
+
+    def _fetch(self, job: job_pb2.Job, output: Path | None, artifact: str) -> bytes | Path:
+        chosen = select_artifact(job, artifact)
+        with Transfer(job.job_id, chosen, output, patience_s=self._patience_s) as transfer:
+            while not transfer.complete:
+                stream = self._generation.Download(transfer.next_request())
+                broken: grpc.RpcError | None = None
+                try:
+                    for chunk in stream:
+                        transfer.accept(chunk)
+                except grpc.RpcError as error:
+                    broken = error
+                finally:
+                    stream.cancel()  # type: ignore[no-untyped-call]
+                if not transfer.complete:
+                    time.sleep(transfer.delay_after(broken))
+            return transfer.finish()
+
+
+class Generation:
+    """A clip in the making: iterate it for its events, or call `result`.
+
+    Nothing is sent before that. The last event is a Finished, whose clip has been fetched. Iterating raises JobFailed,
+    JobCancelled, ServerUnavailable and the errors of the request; `result` raises the same again.
+    """
+
+    def __init__(self, client: Client, clip: clip_pb2.ClipSpec, output: Path | None) -> None:
+        self._client = client
+        self._output = output
+        request = generation_pb2.GenerateRequest(clip=clip, request_id=str(uuid.uuid4()))
+        self._attachment = Attachment(patience_s=client._patience_s, generate=request)
+        self._events = self._run()
+        self._clip: Clip | None = None
+        self._error: Exception | None = None
+
+    @property
+    def job_id(self) -> str:
+        """Empty until the first event."""
+        return self._attachment.job_id
+
+    def __iter__(self) -> Iterator[Progress | Finished]:
+        return self
+
+    def __next__(self) -> Progress | Finished:
+        try:
+            event = next(self._events)
+        except StopIteration:
+            raise
+        except Exception as error:
+            self._error = error
+            raise
+        if isinstance(event, Finished):
+            self._clip = event.clip
+        return event
+
+    def result(self) -> Clip:
+        """Waits for the end and returns the clip."""
+        for _ in self:
+            pass
+        if self._clip is not None:
+            return self._clip
+        raise self._error or CinecatError("the generation was abandoned before its end", job_id=self.job_id)
+
+    def cancel(self) -> None:
+        """Asks the server to stop the job; iterating it then raises JobCancelled. May be called from any thread."""
+        self._attachment.cancel_wanted = True
+        if self._attachment.must_cancel():
+            self._client.cancel(self.job_id)
+
+    def _run(self) -> Generator[Progress | Finished, None, None]:
+        if self._attachment.cancel_wanted:
+            raise JobCancelled("cancelled before it was sent")
+        for message in self._client._follow(self._attachment):
+            if self._attachment.must_cancel():
+                self._client.cancel(self.job_id)
+            event = event_from_proto(message)
+            if isinstance(event, Finished):
+                fetched = self._client._fetch(message.job, self._output, "")
+                event = replace(event, clip=event.clip.fetched(fetched))
+            yield event

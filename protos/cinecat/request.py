@@ -1,0 +1,223 @@
+"""Turns keyword arguments into a ClipSpec, and refuses what cannot be right on any server.
+
+Nothing is sent and nothing is asked here; limits that depend on the server (sizes, steps, known styles) are its own.
+"""
+
+import math
+import operator
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal, Required, TypedDict, TypeVar, Unpack
+
+from cinecat import image, styles
+from cinecat.clip import FORMATS
+from cinecat.errors import FieldViolation, RequestTooLarge, refuse
+from cinecat.states import JobState
+from cinecat.v1 import clip_pb2, generation_pb2
+
+MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+# Room for the request id and the framing around the clip.
+_ENVELOPE_BYTES = 4096
+_MAX_INT32 = 2**31 - 1
+_MAX_SEED = 2**63 - 1
+_T = TypeVar("_T")
+_SIZE = re.compile(r"(\d{1,9})\s*[xX×]\s*(\d{1,9})", re.ASCII)
+
+_FITS = {"crop": clip_pb2.FIT_CROP, "pad": clip_pb2.FIT_PAD, "stretch": clip_pb2.FIT_STRETCH}
+_MODES = {"uniform": clip_pb2.Tokenization.UNIFORM, "cat": clip_pb2.Tokenization.CAT}
+
+
+class ClipArguments(TypedDict, total=False):
+    """The clip to make. What is left out or None takes the model's default.
+
+    `image` is the first frame: a path, bytes or binary file holding a PNG, JPEG, WebP or TIFF of at most 32 MiB.
+    `style` is "noir", "noir:0.8", "noir@1.2:0.8", a `Style`, or a list of those. The size in pixels is `size`
+    ("832x480") or `width` and `height`. `frames` is 4k + 1; `fps` is in frames per second. `guidance` of 1 or less
+    switches guidance off. `seed` is 0 to 2^63 - 1. `tokenization="cat"` shares tokens between redundant regions, within
+    `keep_ratio` (above 0, at most 1) or down to `target_psnr_db`. `artifacts` are the files to write; the first one is
+    the clip that `generate` fetches.
+    """
+
+    image: Required["image.ImageArgument"]
+    prompt: Required[str]
+    style: "styles.StylesArgument"
+    negative_prompt: str
+    model: str
+    fit: Literal["crop", "pad", "stretch"] | None
+    size: str | None
+    width: int | None
+    height: int | None
+    frames: int | None
+    fps: float | None
+    steps: int | None
+    guidance: float | None
+    seed: int | None
+    tokenization: Literal["uniform", "cat"] | None
+    keep_ratio: float | None
+    target_psnr_db: float | None
+    artifacts: Sequence[Literal["mp4", "frames_f32"]]
+
+
+def build_clip(**arguments: Unpack[ClipArguments]) -> clip_pb2.ClipSpec:
+    """The ClipSpec for `arguments`. Raises InvalidRequest naming every field that is wrong, RequestTooLarge when the
+    whole would not fit into one message, and TypeError for an argument that does not exist.
+    """
+    unknown = sorted(set(arguments) - set(ClipArguments.__annotations__))
+    missing = sorted(ClipArguments.__required_keys__ - set(arguments))
+    if unknown or missing:
+        raise TypeError(f"unknown arguments: {unknown}" if unknown else f"missing arguments: {missing}")
+    violations: list[FieldViolation] = []
+    clip = clip_pb2.ClipSpec(
+        image=image.read(arguments["image"], violations),
+        styles=styles.to_protos(arguments.get("style"), violations),
+    )
+    _set_texts(clip, arguments, violations)
+    _set_size(clip, arguments, violations)
+    _set_numbers(clip, arguments, violations)
+    _set_tokenization(clip, arguments, violations)
+    clip.fit = _choice("clip.fit", arguments.get("fit"), _FITS, violations) or clip_pb2.FIT_UNSPECIFIED
+    for index, name in enumerate(arguments.get("artifacts", ())):
+        chosen = _choice(f"clip.artifact_formats[{index}]", name, FORMATS, violations)
+        clip.artifact_formats.append(chosen or clip_pb2.ARTIFACT_FORMAT_UNSPECIFIED)
+    if violations:
+        raise refuse(violations)
+    if clip.ByteSize() + _ENVELOPE_BYTES > MAX_MESSAGE_BYTES:
+        raise RequestTooLarge(
+            f"the request has {clip.ByteSize()} bytes; allowed: {MAX_MESSAGE_BYTES - _ENVELOPE_BYTES}. "
+            "Shorten the prompt or scale the image down"
+        )
+    return clip
+
+
+def list_request(states: Iterable[JobState | str]) -> generation_pb2.ListJobsRequest:
+    """The request for the first page of the jobs in `states`. Raises InvalidRequest for a state that is none."""
+    request = generation_pb2.ListJobsRequest()
+    known = [state.value for state in JobState if state is not JobState.UNKNOWN]
+    for index, state in enumerate(states):
+        if state not in known:
+            raise refuse([FieldViolation(f"states[{index}]", f"{state!r} is unknown; allowed: {', '.join(known)}")])
+        request.states.append(JobState(state).to_proto())
+    return request
+
+
+def _set_texts(clip: clip_pb2.ClipSpec, arguments: ClipArguments, violations: list[FieldViolation]) -> None:
+    clip.prompt = _text("clip.prompt", arguments["prompt"], violations)
+    clip.negative_prompt = _text("clip.negative_prompt", arguments.get("negative_prompt"), violations)
+    clip.model = _text("clip.model", arguments.get("model"), violations)
+
+
+def _set_size(clip: clip_pb2.ClipSpec, arguments: ClipArguments, violations: list[FieldViolation]) -> None:
+    width, height, size = arguments.get("width"), arguments.get("height"), arguments.get("size")
+    if size is not None:
+        match = _SIZE.fullmatch(size.strip()) if isinstance(size, str) else None
+        if match is None:
+            violations.append(FieldViolation("clip.width", f"the size {size!r} is not WIDTHxHEIGHT, e.g. 832x480"))
+            return
+        if width is not None or height is not None:
+            violations.append(FieldViolation("clip.width", "is given twice; give size, or width and height"))
+            return
+        width, height = int(match[1]), int(match[2])
+    sizes = {"width": width, "height": height}
+    _assign(clip, {name: _integer(f"clip.{name}", size, 1, _MAX_INT32, violations) for name, size in sizes.items()})
+
+
+def _set_numbers(clip: clip_pb2.ClipSpec, arguments: ClipArguments, violations: list[FieldViolation]) -> None:
+    frames = _integer("clip.frames", arguments.get("frames"), 1, _MAX_INT32, violations)
+    if frames is not None and frames % 4 != 1:
+        lower = frames - (frames - 1) % 4
+        nearest = f"{frames} is not 4k + 1; the nearest are {lower} and {lower + 4}"
+        violations.append(FieldViolation("clip.frames", nearest))
+    fps = _number("clip.fps", arguments.get("fps"), violations)
+    if fps is not None and fps <= 0:
+        violations.append(FieldViolation("clip.fps", f"{fps} is not above 0"))
+    numbers = {
+        "frames": frames,
+        "fps": fps,
+        "steps": _integer("clip.steps", arguments.get("steps"), 1, _MAX_INT32, violations),
+        "guidance_scale": _number("clip.guidance_scale", arguments.get("guidance"), violations),
+        "seed": _integer("clip.seed", arguments.get("seed"), 0, _MAX_SEED, violations),
+    }
+    _assign(clip, numbers)
+
+
+def _set_tokenization(clip: clip_pb2.ClipSpec, arguments: ClipArguments, violations: list[FieldViolation]) -> None:
+    name = arguments.get("tokenization")
+    keep_ratio = _number("clip.tokenization.keep_ratio", arguments.get("keep_ratio"), violations)
+    target = _number("clip.tokenization.target_psnr_db", arguments.get("target_psnr_db"), violations)
+    mode = _choice("clip.tokenization.mode", name, _MODES, violations)
+    if mode is not None:
+        clip.tokenization.mode = mode
+    if keep_ratio is not None:
+        field = "clip.tokenization.keep_ratio"
+        if not 0 < keep_ratio <= 1:
+            violations.append(FieldViolation(field, f"{keep_ratio} is out of range; allowed: above 0 and at most 1"))
+        if name != "cat":
+            violations.append(FieldViolation(field, "is only for tokenization 'cat'"))
+        clip.tokenization.keep_ratio = keep_ratio
+    if target is not None:
+        field = "clip.tokenization.target_psnr_db"
+        if target <= 0:
+            violations.append(FieldViolation(field, f"{target} is not above 0"))
+        if name != "cat":
+            violations.append(FieldViolation(field, "is only for tokenization 'cat'"))
+        if keep_ratio is not None:
+            violations.append(FieldViolation(field, "cannot go with keep_ratio; give one of them"))
+        clip.tokenization.target_psnr_db = target
+
+
+def _text(field: str, value: object, violations: list[FieldViolation]) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        violations.append(FieldViolation(field, f"{value!r} is not a string"))
+        return ""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        violations.append(FieldViolation(field, "holds half of a surrogate pair and cannot be sent as UTF-8"))
+        return ""
+    return value
+
+
+def _number(field: str, value: object, violations: list[FieldViolation]) -> float | None:
+    if value is None:
+        return None
+    try:
+        # str is excluded: "7" would pass here and fail elsewhere.
+        number = math.nan if isinstance(value, str | bytes) else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        violations.append(FieldViolation(field, f"{value!r} is not a finite number"))
+        return None
+    return number
+
+
+def _integer(field: str, value: object, low: int, high: int, violations: list[FieldViolation]) -> int | None:
+    if value is None:
+        return None
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        violations.append(FieldViolation(field, f"{value!r} is not a whole number"))
+        return None
+    if isinstance(value, bool) or not low <= number <= high:
+        violations.append(FieldViolation(field, f"{value!r} is out of range; allowed: {low} to {high}"))
+        return None
+    return number
+
+
+def _assign(clip: clip_pb2.ClipSpec, values: Mapping[str, float | None]) -> None:
+    # A field that is left out must stay unset: 0 is a value, and a wrong one.
+    for name, value in values.items():
+        if value is not None:
+            setattr(clip, name, value)
+
+
+def _choice(field: str, name: object, choices: dict[str, _T], violations: list[FieldViolation]) -> _T | None:
+    if name is None:
+        return None
+    chosen = choices.get(name) if isinstance(name, str) else None
+    if chosen is None:
+        violations.append(FieldViolation(field, f"{name!r} is unknown; allowed: {', '.join(choices)}"))
+    return chosen

@@ -1,0 +1,211 @@
+"""The server: everything put together, started, and stopped again."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import signal
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import structlog
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from prometheus_client import CollectorRegistry, start_http_server
+
+from cinecat.engines.messages import CoreConfig
+from cinecat.plugins.registry import BUNDLED, StyleRegistry
+from cinecat.server.artifacts import ArtifactStore
+from cinecat.server.core_process import CoreProcess
+from cinecat.server.costs import Costs
+from cinecat.server.inputs import JobInputs
+from cinecat.server.jobs import Jobs
+from cinecat.server.metrics import Metrics
+from cinecat.server.models import describe_model
+from cinecat.server.render import Renderer
+from cinecat.server.scheduler import Scheduler
+from cinecat.server.services.errors import ErrorInterceptor
+from cinecat.server.services.generation import GenerationService
+from cinecat.server.services.models import ModelsService
+from cinecat.server.services.styles import StylesService
+from cinecat.server.settings import Settings, SettingsError
+from cinecat.server.store import JobStore
+from cinecat.server.styles import StyleCatalogue
+from cinecat.server.warmup import warm_up
+from cinecat.v1 import generation_pb2, generation_pb2_grpc, models_pb2, models_pb2_grpc, styles_pb2, styles_pb2_grpc
+
+SERVICES = tuple(
+    file.DESCRIPTOR.services_by_name[name].full_name
+    for file, name in ((generation_pb2, "Generation"), (styles_pb2, "Styles"), (models_pb2, "Models"))
+)
+
+# Room in a message beside the image.
+_MESSAGE_MARGIN_BYTES = 1 << 20
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where a ready server listens."""
+
+    address: str
+    metrics_port: int
+
+
+async def serve(settings: Settings) -> None:
+    """Runs until SIGTERM or SIGINT, then drains and returns. A second signal ends the drain.
+
+    Raises:
+        ModelError, CoreDied, SettingsError, OSError: the server cannot start.
+    """
+    stop, hurry = asyncio.Event(), asyncio.Event()
+
+    def on_signal() -> None:
+        (hurry if stop.is_set() else stop).set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    ready = asyncio.Event()
+    serving = asyncio.create_task(_serve_until(stop, hurry, ready, settings))
+    stopping = asyncio.create_task(stop.wait())
+    await asyncio.wait([serving, stopping], return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if not ready.is_set():
+        serving.cancel()  # still loading: there is nothing to drain
+    with contextlib.suppress(asyncio.CancelledError):
+        await serving
+
+
+async def _serve_until(stop: asyncio.Event, hurry: asyncio.Event, ready: asyncio.Event, settings: Settings) -> None:
+    async with running(settings, hurry) as endpoint:
+        ready.set()
+        if settings.ready_file is not None:
+            await asyncio.to_thread(_write_ready_file, settings.ready_file, endpoint)
+        metrics_url = f"http://{settings.metrics_host}:{endpoint.metrics_port}/metrics"
+        log.info("ready", address=endpoint.address, metrics=metrics_url)
+        await stop.wait()
+
+
+@contextlib.asynccontextmanager
+async def running(settings: Settings, hurry: asyncio.Event) -> AsyncIterator[Endpoint]:
+    """A warm server that takes jobs, and drains at the end of the block; `hurry` cuts the drain short."""
+    registry = CollectorRegistry()
+    metrics = Metrics(registry)
+    async with contextlib.AsyncExitStack() as stack:
+        folder = settings.data_dir.expanduser()
+        store = await asyncio.to_thread(_open_store, folder)
+        jobs = Jobs(store, settings.grace_seconds, metrics)
+        stack.push_async_callback(jobs.close)
+        inputs = JobInputs(folder / "inputs")
+        artifacts = ArtifactStore(settings.artifact_url or str(folder / "artifacts"))
+        stack.callback(artifacts.close)
+        await asyncio.to_thread(artifacts.clear_scratch)
+
+        core = CoreProcess(_core_config(settings), metrics)
+        stack.push_async_callback(core.stop)
+        info = await core.start()
+        model = describe_model(info, settings)
+        catalogue = StyleCatalogue(StyleRegistry([BUNDLED, *settings.styles_dirs]), info)
+        await warm_up(core, model, catalogue)
+
+        costs = Costs()
+        server, health_servicer = _grpc_server(settings, metrics)
+
+        async def on_core_state(alive: bool) -> None:
+            await _set_health(health_servicer, alive)
+            metrics.ready.set(alive)
+
+        renderer = Renderer(core, model.engine, jobs, catalogue, inputs, artifacts, metrics, costs)
+        scheduler = Scheduler(jobs, renderer, core, inputs, model, settings.max_queue, metrics, costs, on_core_state)
+        unfinished = await jobs.restore()
+        await asyncio.to_thread(inputs.keep_only, [live.job_id for live in unfinished])
+        for live in unfinished:
+            scheduler.enqueue(live)
+        generation = GenerationService(jobs, scheduler, model, catalogue, inputs, artifacts)
+        generation_pb2_grpc.add_GenerationServicer_to_server(generation, server)
+        styles_pb2_grpc.add_StylesServicer_to_server(StylesService(catalogue), server)
+        models_pb2_grpc.add_ModelsServicer_to_server(ModelsService(model), server)
+
+        host, _, wanted = settings.address.rpartition(":")
+        port = _bind(server, settings.address)
+        await server.start()
+        http, thread = start_http_server(settings.metrics_port, settings.metrics_host, registry)
+        stack.callback(thread.join, 5.0)
+        stack.callback(http.server_close)
+        stack.callback(http.shutdown)
+        worker = asyncio.create_task(scheduler.run())
+        await on_core_state(True)
+        try:
+            yield Endpoint(f"{host}:{port or wanted}", http.server_port)
+        finally:
+            log.info("shutting down", drain_seconds=settings.drain_seconds)
+            await on_core_state(False)
+            await scheduler.drain(worker, settings.drain_seconds, hurry)
+            jobs.stop_watching()
+            await server.stop(grace=5.0)
+            log.info("stopped")
+
+
+def _open_store(folder: Path) -> JobStore:
+    try:
+        return JobStore(folder / "jobs.sqlite")
+    except Exception as error:
+        raise SettingsError(f"data_dir: {folder} cannot hold the job database: {error}") from error
+
+
+def _core_config(settings: Settings) -> CoreConfig:
+    return CoreConfig(
+        model=settings.model,
+        model_cache=str(settings.model_cache.expanduser()),
+        device=settings.device,
+        dtype=settings.dtype,
+        threads=settings.threads,
+        style_slots=settings.style_slots,
+        max_rank=settings.max_rank,
+        cache_bytes=settings.cache_mib * 2**20,
+    )
+
+
+def _grpc_server(settings: Settings, metrics: Metrics) -> tuple[grpc.aio.Server, Any]:
+    server = grpc.aio.server(
+        interceptors=[ErrorInterceptor(metrics)],
+        options=[
+            ("grpc.max_receive_message_length", settings.max_image_mib * 2**20 + _MESSAGE_MARGIN_BYTES),
+            ("grpc.max_metadata_size", 16 * 1024),
+            ("grpc.so_reuseport", 0),  # a second server on the port is an error, not a lottery
+            ("grpc.keepalive_permit_without_calls", 1),
+            ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+        ],
+    )
+    servicer = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    return server, servicer
+
+
+async def _set_health(servicer: Any, serving: bool) -> None:
+    status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+    for service in ("", *SERVICES):
+        await servicer.set(service, status)
+
+
+def _bind(server: grpc.aio.Server, address: str) -> int:
+    try:
+        port = server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise SettingsError(f"address: {address} cannot be listened on: {error}") from error
+    if port == 0:
+        raise SettingsError(f"address: {address} cannot be listened on; is another server using the port?")
+    return port
+
+
+def _write_ready_file(path: Path, endpoint: Endpoint) -> None:
+    staging = path.with_suffix(".tmp")
+    staging.write_text(json.dumps({"address": endpoint.address, "metrics_port": endpoint.metrics_port}))
+    staging.rename(path)

@@ -1,0 +1,90 @@
+"""The server's commands, found by the command line through the entry points `cinecat.commands`."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cinecat.server.settings import Settings, SettingsError, load_settings
+
+
+def _serve(
+    config: Annotated[Path | None, typer.Option(envvar="CINECAT_CONFIG", help="TOML file of settings")] = None,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="show the settings in force as JSON, and exit")
+    ] = False,
+    **flags: str | None,
+) -> None:
+    """Serve a model over gRPC.
+
+    Every setting is a flag, an environment variable (CINECAT_MAX_STEPS) and a key of the TOML file (max_steps), in
+    this order of precedence.
+    """
+    given = {name: value for name, value in flags.items() if value is not None}
+    try:
+        settings = load_settings(given, os.environ, config)
+    except SettingsError as error:
+        _refuse(f"{error}")
+    if print_config:
+        print(settings.model_dump_json(indent=2))
+        return
+    from cinecat.engines.errors import EngineError
+    from cinecat.server.app import serve as run_server
+    from cinecat.server.logs import configure_logging
+
+    configure_logging(settings)
+    try:
+        asyncio.run(run_server(settings))
+    except (EngineError, SettingsError, OSError) as error:
+        _refuse(f"{error}")
+
+
+def _refuse(message: str) -> Any:
+    print(f"cinecat serve: {message}", file=sys.stderr)
+    raise typer.Exit(2)
+
+
+def _with_setting_flags(command: Any) -> Any:
+    """Gives a command one option for each setting, so that flags, environment and file cannot drift apart."""
+    signature = inspect.signature(command)
+    own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    options = []
+    for name, field in Settings.model_fields.items():
+        default = "" if field.is_required() or field.default_factory else f" [default: {field.default!r}]"
+        option = typer.Option(help=f"{field.description}{default}", show_default=False)
+        options.append(
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[str | None, option]
+            )
+        )
+    command.__signature__ = signature.replace(parameters=[*own, *options])
+    command.__annotations__ = {p.name: p.annotation for p in command.__signature__.parameters.values()}
+    return command
+
+
+serve = _with_setting_flags(_serve)
+
+
+def bench(
+    name: Annotated[str, typer.Argument(help="benchmark to run")],
+    quick: Annotated[bool, typer.Option(help="within two minutes, with a wider spread")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")] = False,
+    out: Annotated[Path | None, typer.Option(help="folder for CSV files and plots")] = None,
+) -> None:
+    """Measure Cinecat against its rivals, side by side in one run."""
+    from cinecat.server.bench import BENCHES, report
+
+    if name not in BENCHES:
+        print(f"cinecat bench: no benchmark {name!r}; there are: {', '.join(BENCHES)}", file=sys.stderr)
+        raise typer.Exit(2)
+    result = BENCHES[name](quick, out)
+    print(json.dumps(result.as_json()) if as_json else report(result))
+    if not all(check.met for check in result.checks.values()):
+        raise typer.Exit(1)

@@ -1,0 +1,168 @@
+"""The front's end of the engine core: one process, one call at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from multiprocessing.shared_memory import SharedMemory
+from types import TracebackType
+from typing import Any, TypeVar
+
+import numpy as np
+import structlog
+from numpy.typing import NDArray
+
+from cinecat.engines.errors import CoreDied, EngineError, EngineFault, ModelError, OutOfMemory
+from cinecat.engines.messages import Answer, Call, CoreConfig, Decoded, Failure, FrameDtype, ModelInfo, Ready
+from cinecat.engines.process import run_core
+from cinecat.server.metrics import Metrics
+
+A = TypeVar("A", bound=Answer)
+
+log = structlog.get_logger(__name__)
+
+_FAILURES = {"model": ModelError, "memory": OutOfMemory, "request": EngineError, "internal": EngineFault}
+
+
+class CoreProcess:
+    """Spawns the engine core and talks to it over a pipe.
+
+    Attributes:
+        died: set when the process that `start` began has ended; a new event for each process.
+    """
+
+    def __init__(self, config: CoreConfig, metrics: Metrics) -> None:
+        self._config = config
+        self._metrics = metrics
+        self._process: BaseProcess | None = None
+        self._connection: Connection | None = None
+        self.died = asyncio.Event()
+        # A single thread: calls queue up behind the one that blocks in it.
+        self._caller = ThreadPoolExecutor(1, thread_name_prefix="core")
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process else None
+
+    async def start(self) -> ModelInfo:
+        """Starts the process and waits until its model is loaded.
+
+        Raises:
+            ModelError: the model cannot be served here.
+            CoreDied: the process ended while loading.
+        """
+        process = await self._in_thread(self._spawn)
+        self.died = died = asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        def on_death() -> None:
+            loop.remove_reader(process.sentinel)
+            died.set()
+
+        loop.add_reader(process.sentinel, on_death)
+        ready = _expect(await self._in_thread(self._receive), Ready)
+        log.info("engine core ready", pid=self.pid, model=ready.model.name, device=ready.model.device)
+        return ready.model
+
+    async def restart(self) -> None:
+        """Replaces a core that died. Raises as `start` does."""
+        await self._in_thread(self._kill)
+        self._metrics.core_restarts.inc()
+        await self.start()
+
+    async def call(self, call: Call, answer: type[A]) -> A:
+        """Sends one call and waits for its answer.
+
+        Raises:
+            EngineError: the engine refused or failed; OutOfMemory and EngineFault tell it apart.
+            CoreDied: there is no engine any more.
+        """
+        return _expect(await self._in_thread(lambda: self._roundtrip(call)), answer)
+
+    async def stop(self) -> None:
+        """Ends the process, at once."""
+        if self._process is not None:
+            self._process.kill()  # a call that blocks on it comes back with CoreDied
+        await self._in_thread(self._kill)
+
+    def _spawn(self) -> BaseProcess:
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        process = context.Process(target=run_core, args=(theirs, self._config), name="cinecat-core", daemon=True)
+        process.start()
+        theirs.close()
+        self._process, self._connection = process, ours
+        return process
+
+    def _roundtrip(self, call: Call) -> Answer:
+        try:
+            if self._connection is None:
+                raise CoreDied("the engine core is not running")
+            self._connection.send(call)
+        except OSError as error:
+            raise CoreDied(self._death()) from error
+        return self._receive()
+
+    def _receive(self) -> Answer:
+        assert self._connection is not None
+        try:
+            answer: Answer = self._connection.recv()
+        except (EOFError, OSError) as error:
+            raise CoreDied(self._death()) from error
+        return answer
+
+    def _death(self) -> str:
+        if self._process is None:
+            return "the engine core was stopped"
+        self._process.join(5)
+        return f"the engine core (pid {self._process.pid}) died with exit code {self._process.exitcode}"
+
+    def _kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+        if self._connection is not None:
+            self._connection.close()
+        self._process = self._connection = None
+
+    async def _in_thread(self, work: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._caller, work)
+
+
+def _expect(answer: Answer, kind: type[A]) -> A:
+    if isinstance(answer, Failure):
+        raise _FAILURES[answer.kind](answer.message)
+    if not isinstance(answer, kind):
+        raise EngineFault(f"the engine core answered {type(answer).__name__} where {kind.__name__} was due")
+    return answer
+
+
+class FrameBuffer:
+    """Shared memory for the frames of one Decode: the core writes, the front copies out.
+
+    The front owns it, so that a core that is killed leaves nothing behind.
+    """
+
+    def __init__(self, height: int, width: int, max_frames: int, dtype: FrameDtype) -> None:
+        self._shape = (height, width, 3)
+        self.dtype: FrameDtype = dtype
+        self._memory = SharedMemory(create=True, size=max_frames * height * width * 3 * np.dtype(dtype).itemsize)
+
+    @property
+    def name(self) -> str:
+        return self._memory.name
+
+    def frames(self, decoded: Decoded) -> NDArray[Any]:
+        """A copy of what was decoded, [count, height, width, 3]."""
+        view: NDArray[Any] = np.ndarray((decoded.count, *self._shape), dtype=self.dtype, buffer=self._memory.buf)
+        return view.copy()
+
+    def __enter__(self) -> FrameBuffer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._memory.close()
+        self._memory.unlink()

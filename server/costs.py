@@ -1,0 +1,61 @@
+"""What work costs on this machine, learnt from what it did cost; the source of every ETA."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from cinecat.v1 import clip_pb2
+from cinecat.v1 import job_pb2 as pb
+
+Work = Literal["condition", "step", "decode"]
+
+# Weight of the newest measurement: follows a change within a few jobs, ignores one slow step.
+_NEWEST = 0.25
+
+
+class Costs:
+    """Seconds per unit of work, as exponential averages.
+
+    Units: pixel-frames for condition and decode, token-rows for a step (a guided step counts its tokens twice).
+    Attention grows faster than tokens do, so an estimate for a size never seen is rough until the first step is done.
+    """
+
+    def __init__(self) -> None:
+        self._seconds_per_unit: dict[Work, float] = {}
+
+    def observe(self, work: Work, units: float, seconds: float) -> None:
+        rate = seconds / units
+        known = self._seconds_per_unit.get(work, rate)
+        self._seconds_per_unit[work] = known + _NEWEST * (rate - known)
+
+    def seconds(self, work: Work, units: float) -> float | None:
+        """None until such work was measured."""
+        rate = self._seconds_per_unit.get(work)
+        return None if rate is None else rate * units
+
+    def remaining(self, job: pb.Job, tokens: int) -> float | None:
+        """Seconds of engine time until a job is done, by how far it is. None when there is nothing to judge by."""
+        clip, progress = job.clip, job.progress
+        pixels = pixel_frames(clip)
+        shares: list[tuple[Work, float]] = [
+            ("step", (clip.steps - progress.step) * token_rows(clip, tokens)),
+            ("decode", pixels * (1 - progress.frames_decoded / clip.frames)),
+        ]
+        if job.state in (pb.JOB_STATE_QUEUED, pb.JOB_STATE_CONDITIONING):
+            shares.append(("condition", pixels))
+        total = 0.0
+        for work, units in shares:
+            seconds = self.seconds(work, units)
+            if seconds is None:
+                return None
+            total += seconds
+        return total
+
+
+def pixel_frames(clip: clip_pb2.ClipSpec) -> int:
+    return clip.width * clip.height * clip.frames
+
+
+def token_rows(clip: clip_pb2.ClipSpec, tokens: int) -> int:
+    """Tokens that one step of a clip runs through the denoiser."""
+    return tokens * (2 if clip.guidance_scale > 1.0 else 1)

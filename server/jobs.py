@@ -1,0 +1,277 @@
+"""Jobs from acceptance to their end: the only code that changes a job's state.
+
+Transitions are written to the store before anyone sees them. Steps and frames in between live in memory; only the
+latest of them is kept, so a slow watcher skips progress but never a transition.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
+
+import structlog
+
+from cinecat.server.errors import ShuttingDown, unknown_job
+from cinecat.server.lifecycle import FINAL_STATES, check_transition, state_name
+from cinecat.server.metrics import Metrics
+from cinecat.server.store import JobStore, StoredJob
+from cinecat.v1 import job_pb2 as pb
+
+if TYPE_CHECKING:
+    from cinecat.server.lifecycle import State
+
+T = TypeVar("T")
+
+# More than the progress events that fit between two transitions, so that numbers keep growing after a restart that
+# lost the count of those that were never stored.
+_SEQUENCE_GAP = 1 << 20
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass
+class LiveJob:
+    """A job that is not in a final state, or whose watchers still read.
+
+    Attributes:
+        job: as of the last event; changed only through `Jobs`.
+        attempts: how often the engine core has started on it.
+        stop_requested: somebody cancelled it, and it has not stopped yet.
+    """
+
+    job: pb.Job
+    request_hash: str
+    attempts: int = 0
+    sequence: int = 0
+    transitions: list[pb.JobEvent] = field(default_factory=list)
+    latest: pb.JobEvent | None = None
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    watchers: int = 0
+    grace: asyncio.TimerHandle | None = None
+    stop_requested: bool = False
+
+    @property
+    def job_id(self) -> str:
+        return self.job.job_id
+
+    @property
+    def ended(self) -> bool:
+        return self.job.state in FINAL_STATES
+
+    def events_after(self, sequence: int) -> list[pb.JobEvent]:
+        """Transitions past `sequence`, then the latest progress if it is newer than all of them."""
+        events = [event for event in self.transitions if event.sequence > sequence]
+        last = self.transitions[-1].sequence if self.transitions else 0
+        if self.latest is not None and self.latest.sequence > max(sequence, last):
+            events.append(self.latest)
+        return events
+
+
+class Jobs:
+    """All jobs of a server."""
+
+    def __init__(self, store: JobStore, grace_seconds: float, metrics: Metrics) -> None:
+        self._store = store
+        self._grace_seconds = grace_seconds
+        self._metrics = metrics
+        self._live: dict[str, LiveJob] = {}
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="store")
+        self._closing = False
+        self._abandoned: set[asyncio.Task[pb.Job]] = set()
+
+    async def restore(self) -> list[LiveJob]:
+        """Brings back the jobs that a former server left unfinished, oldest first, all of them queued."""
+        restored = []
+        for stored in await self._in_store(self._store.unfinished):
+            transitions = await self._in_store(partial(self._store.events, stored.job.job_id))
+            live = LiveJob(stored.job, stored.request_hash, stored.attempts, transitions=transitions)
+            live.sequence = transitions[-1].sequence + _SEQUENCE_GAP
+            self._live[live.job_id] = live
+            self._metrics.job_entered(live.job.state)
+            if live.job.state != pb.JOB_STATE_QUEUED:
+                await self.requeue(live)
+            self._left_alone(live)
+            restored.append(live)
+        return restored
+
+    async def accept(self, job: pb.Job, request_hash: str) -> tuple[LiveJob | None, StoredJob | None]:
+        """Persists a new job.
+
+        Returns:
+            The live job, or the stored one that already has its request id.
+        """
+        live = LiveJob(job, request_hash)
+        job.create_time.GetCurrentTime()
+        job.state = pb.JOB_STATE_QUEUED
+        first = self._event(live)
+        existing = await self._in_store(lambda: self._store.insert(StoredJob(job, request_hash, 0), first))
+        if existing is not None:
+            return None, existing
+        live.transitions.append(first)
+        self._live[live.job_id] = live
+        self._metrics.job_entered(job.state)
+        self._left_alone(live)
+        return live, None
+
+    def live(self, job_id: str) -> LiveJob | None:
+        return self._live.get(job_id)
+
+    async def get(self, job_id: str) -> pb.Job:
+        """Raises RequestError for an unknown id."""
+        live = self._live.get(job_id)
+        if live is not None:
+            return live.job
+        stored = await self._in_store(lambda: self._store.get(job_id))
+        if stored is None:
+            raise unknown_job(job_id)
+        return stored.job
+
+    async def by_request_id(self, request_id: str) -> StoredJob | None:
+        return await self._in_store(lambda: self._store.by_request_id(request_id))
+
+    async def page(self, size: int, before: tuple[int, str] | None, states: Sequence[int]) -> list[pb.Job]:
+        """Newest first, with the progress of those that run."""
+        stored = await self._in_store(lambda: self._store.page(size, before, states))
+        return [live.job if (live := self._live.get(job.job_id)) else job for job in stored]
+
+    async def transition(self, live: LiveJob, state: State) -> None:
+        """Moves a job on, stores that, then tells its watchers.
+
+        Raises:
+            ValueError: the state machine has no such transition.
+        """
+        before = live.job
+        check_transition(before.state, state)
+        job = pb.Job()
+        job.CopyFrom(before)
+        job.state = state
+        if state == pb.JOB_STATE_CONDITIONING:
+            job.start_time.GetCurrentTime()
+            live.attempts += 1
+        if state in FINAL_STATES:
+            job.end_time.GetCurrentTime()
+            job.progress.ClearField("eta")
+        # Set before the write, so that nobody else decides from the old state meanwhile.
+        live.job = job
+        event = self._event(live)
+        try:
+            await self._in_store(lambda: self._store.record(event, live.attempts))
+        except BaseException:
+            live.job = before
+            raise
+        live.transitions.append(event)
+        self._metrics.job_moved(before.state, job)
+        log.info("job", job_id=live.job_id, state=state_name(state))
+        if live.ended:
+            self._live.pop(live.job_id, None)
+            if live.grace is not None:
+                live.grace.cancel()
+        _wake(live)
+
+    async def requeue(self, live: LiveJob) -> None:
+        """Puts a running job back to where it began."""
+        live.job.progress.step = live.job.progress.frames_decoded = 0
+        live.job.ClearField("result")
+        live.job.ClearField("start_time")
+        await self.transition(live, pb.JOB_STATE_QUEUED)
+
+    async def fail(self, live: LiveJob, code: int, message: str) -> None:
+        live.job.error.code, live.job.error.message = code, message
+        live.job.ClearField("result")
+        await self.transition(live, pb.JOB_STATE_FAILED)
+
+    def progress(self, live: LiveJob) -> None:
+        """Tells watchers about progress that the caller has written into `live.job`."""
+        live.latest = self._event(live)
+        _wake(live)
+
+    async def cancel(self, job_id: str) -> pb.Job:
+        """Asks a job to stop: at once while it is queued, else before its next step.
+
+        Raises:
+            RequestError: the id is unknown.
+        """
+        live = self._live.get(job_id)
+        if live is None:
+            return await self.get(job_id)
+        live.stop_requested = True
+        if live.job.state == pb.JOB_STATE_QUEUED:
+            await self.transition(live, pb.JOB_STATE_CANCELLED)
+        return live.job
+
+    async def watch(self, job_id: str, after_sequence: int) -> AsyncIterator[pb.JobEvent]:
+        """The events of a job past `after_sequence`, until its end.
+
+        Raises:
+            RequestError: the id is unknown.
+            ShuttingDown: the server stops before the job does; the job is kept.
+        """
+        live = self._live.get(job_id)
+        if live is None:
+            await self.get(job_id)
+            for event in await self._in_store(lambda: self._store.events(job_id, after_sequence)):
+                yield event
+            return
+        live.watchers += 1
+        if live.grace is not None:
+            live.grace.cancel()
+            live.grace = None
+        try:
+            while True:
+                changed = live.changed
+                for event in live.events_after(after_sequence):
+                    after_sequence = event.sequence
+                    yield event
+                if live.ended and live.transitions[-1].sequence <= after_sequence:
+                    return
+                if self._closing:
+                    raise ShuttingDown("the server is shutting down; the job is kept: Watch it after the restart")
+                await changed.wait()
+        finally:
+            live.watchers -= 1
+            self._left_alone(live)
+
+    def stop_watching(self) -> None:
+        """Ends all streams with ShuttingDown, and all grace periods: a restart cancels no job."""
+        self._closing = True
+        for live in self._live.values():
+            if live.grace is not None:
+                live.grace.cancel()
+            _wake(live)
+
+    async def close(self) -> None:
+        """Closes the store. Unfinished jobs stay in it."""
+        await self._in_store(self._store.close)
+        self._writer.shutdown()
+
+    def _event(self, live: LiveJob) -> pb.JobEvent:
+        live.sequence += 1
+        event = pb.JobEvent(sequence=live.sequence, job=live.job)
+        event.time.GetCurrentTime()
+        return event
+
+    def _left_alone(self, live: LiveJob) -> None:
+        """Starts the grace period of an attached job that nobody watches."""
+        if live.job.detached or live.watchers or live.ended or live.grace is not None or self._closing:
+            return
+        live.grace = asyncio.get_running_loop().call_later(self._grace_seconds, self._abandon, live)
+
+    def _abandon(self, live: LiveJob) -> None:
+        live.grace = None
+        if not live.watchers and not live.ended:
+            log.info("job abandoned", job_id=live.job_id, grace_seconds=self._grace_seconds)
+            task = asyncio.ensure_future(self.cancel(live.job_id))
+            self._abandoned.add(task)
+            task.add_done_callback(self._abandoned.discard)
+
+    async def _in_store(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._writer, work)
+
+
+def _wake(live: LiveJob) -> None:
+    live.changed.set()
+    live.changed = asyncio.Event()

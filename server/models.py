@@ -1,0 +1,72 @@
+"""What a loaded model offers: limits and defaults, as ListModels tells them and as requests are checked against."""
+
+from __future__ import annotations
+
+from cinecat.engines.messages import VAE_TEMPORAL_STRIDE, ModelInfo
+from cinecat.server.settings import Settings
+from cinecat.v1 import clip_pb2, models_pb2
+
+MAX_PROMPT_CHARACTERS = 4096
+MAX_STYLES = 8
+MAX_GUIDANCE_SCALE = 30.0
+MAX_FPS = 240.0
+
+_CPU_TOKENS = 20_480  # 512 x 512 x 77 frames: minutes per step on two cores
+_GPU_TOKENS = 680_400  # 3840 x 2160 x 81 frames
+
+
+def describe_model(info: ModelInfo, settings: Settings) -> models_pb2.Model:
+    """The Models service's answer for a loaded model."""
+    max_tokens = settings.max_tokens or (_CPU_TOKENS if info.device == "cpu" else _GPU_TOKENS)
+    return models_pb2.Model(
+        name=info.name,
+        family=info.family,
+        device=info.device,
+        dtype=info.dtype,
+        engine=info.engine,
+        parameters=info.parameters,
+        weights_bytes=info.weights_bytes,
+        limits=models_pb2.ModelLimits(
+            size_multiple=info.size_multiple,
+            min_size=2 * info.size_multiple,
+            max_size=info.max_size,
+            max_frames=min(info.max_frames, _frames_within(max_tokens)),
+            max_tokens=max_tokens,
+            max_steps=settings.max_steps,
+            max_guidance_scale=MAX_GUIDANCE_SCALE,
+            max_prompt_characters=MAX_PROMPT_CHARACTERS,
+            max_styles=MAX_STYLES,
+            max_image_bytes=settings.max_image_mib * 2**20,
+            max_image_pixels=settings.max_image_megapixels * 10**6,
+        ),
+        defaults=_defaults(info),
+        tokenizations=[clip_pb2.Tokenization.UNIFORM],
+    )
+
+
+def token_count(model: models_pb2.Model, width: int, height: int, frames: int) -> int:
+    """Tokens of the uniform path for a clip of an allowed size and length."""
+    latent_frames = (frames - 1) // VAE_TEMPORAL_STRIDE + 1
+    return latent_frames * (width // model.limits.size_multiple) * (height // model.limits.size_multiple)
+
+
+def _frames_within(max_tokens: int) -> int:
+    """Longest clip at the smallest size, 2 x 2 tokens per latent frame."""
+    return (max(1, max_tokens // 4) - 1) * VAE_TEMPORAL_STRIDE + 1
+
+
+def _defaults(info: ModelInfo) -> clip_pb2.ClipSpec:
+    """Wan's own 480p setting for the real models; the training shape for the tiny one."""
+    tiny = info.family == "wan2.1-i2v-tiny"
+    return clip_pb2.ClipSpec(
+        model=info.name,
+        fit=clip_pb2.FIT_CROP,
+        width=128 if tiny else 832,
+        height=128 if tiny else 480,
+        frames=17 if tiny else 81,
+        fps=8.0 if tiny else 16.0,
+        steps=8 if tiny else 40,
+        guidance_scale=3.0 if tiny else 5.0,
+        tokenization=clip_pb2.Tokenization(mode=clip_pb2.Tokenization.UNIFORM),
+        artifact_formats=[clip_pb2.ARTIFACT_FORMAT_MP4_H264],
+    )

@@ -1,0 +1,89 @@
+"""From what the server raises to what a gRPC client reads; the only place that does so."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import structlog
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from cinecat.server.errors import RequestError
+from cinecat.server.metrics import Metrics
+
+log = structlog.get_logger(__name__)
+
+
+if TYPE_CHECKING:
+    _Interceptor = grpc.aio.ServerInterceptor[Any, Any]
+else:
+    _Interceptor = grpc.aio.ServerInterceptor
+
+
+class ErrorInterceptor(_Interceptor):
+    """Answers RequestError with its status and field violations, and anything unexpected with a bare INTERNAL."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any]:
+        handler = await continuation(handler_call_details)
+        method = handler_call_details.method
+        if handler is None or not method.startswith("/cinecat."):
+            return handler
+        if handler.response_streaming:
+            return grpc.unary_stream_rpc_method_handler(
+                self._streaming(method, handler.unary_stream), handler.request_deserializer, handler.response_serializer
+            )
+        return grpc.unary_unary_rpc_method_handler(
+            self._unary(method, handler.unary_unary), handler.request_deserializer, handler.response_serializer
+        )
+
+    def _unary(self, method: str, behaviour: Any) -> Any:
+        async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+            try:
+                return await behaviour(request, context)
+            except Exception as error:
+                return await self._abort(method, error, context)
+
+        return call
+
+    def _streaming(self, method: str, behaviour: Any) -> Any:
+        async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+            try:
+                async for response in behaviour(request, context):
+                    yield response
+            except Exception as error:
+                await self._abort(method, error, context)
+
+        return call
+
+    async def _abort(self, method: str, error: Exception, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        if isinstance(error, grpc.aio.AbortError):
+            raise error
+        if not isinstance(error, RequestError):
+            log.error("rpc failed", method=method, exc_info=error)
+            error = RequestError(grpc.StatusCode.INTERNAL, "the server failed on this request; its log says why")
+        self._metrics.requests_refused.labels(method.rpartition("/")[2], error.code.name).inc()
+        status = rpc_status.to_status(to_proto(error))
+        await context.abort(status.code, status.details, status.trailing_metadata)
+
+
+def to_proto(error: RequestError) -> status_pb2.Status:
+    """google.rpc.Status, with a BadRequest when fields are to blame."""
+    status = status_pb2.Status(code=error.code.value[0], message=error.message)
+    if error.violations:
+        details = error_details_pb2.BadRequest()
+        for violation in error.violations:
+            details.field_violations.add(field=violation.field, description=violation.description)
+        packed = AnyMessage()
+        packed.Pack(details)
+        status.details.append(packed)
+    return status

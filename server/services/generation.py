@@ -1,0 +1,169 @@
+"""The Generation service: wire in, jobs out."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from typing import Any, TypeAlias
+
+import grpc
+
+from cinecat.server.artifacts import ArtifactError, ArtifactNotFoundError, ArtifactStore
+from cinecat.server.errors import RequestError, Violation, invalid
+from cinecat.server.inputs import JobInputs
+from cinecat.server.jobs import Jobs
+from cinecat.server.lifecycle import state_name
+from cinecat.server.scheduler import Scheduler
+from cinecat.server.services.paging import decode_token, encode_token, page_size
+from cinecat.server.styles import StyleCatalogue
+from cinecat.server.validation import check_clip
+from cinecat.v1 import clip_pb2, generation_pb2, generation_pb2_grpc, job_pb2, models_pb2
+
+_MAX_REQUEST_ID = 64
+
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+
+class GenerationService(generation_pb2_grpc.GenerationServicer):
+    """Converts, delegates, converts back."""
+
+    def __init__(
+        self,
+        jobs: Jobs,
+        scheduler: Scheduler,
+        model: models_pb2.Model,
+        catalogue: StyleCatalogue,
+        inputs: JobInputs,
+        artifacts: ArtifactStore,
+    ) -> None:
+        self._jobs = jobs
+        self._scheduler = scheduler
+        self._model = model
+        self._catalogue = catalogue
+        self._inputs = inputs
+        self._artifacts = artifacts
+
+    async def Generate(  # noqa: N802
+        self, request: generation_pb2.GenerateRequest, context: Context
+    ) -> AsyncIterator[job_pb2.JobEvent]:
+        job = await self._accept(request.clip, request.request_id, detached=False)
+        async for event in self._jobs.watch(job.job_id, 0):
+            yield event
+
+    async def Submit(self, request: generation_pb2.SubmitRequest, context: Context) -> job_pb2.Job:  # noqa: N802
+        return await self._accept(request.clip, request.request_id, detached=True)
+
+    async def Watch(  # noqa: N802
+        self, request: generation_pb2.WatchRequest, context: Context
+    ) -> AsyncIterator[job_pb2.JobEvent]:
+        if request.after_sequence < 0:
+            raise invalid([Violation("after_sequence", f"{request.after_sequence} is negative; 0 replays everything")])
+        async for event in self._jobs.watch(request.job_id, request.after_sequence):
+            yield event
+
+    async def GetJob(self, request: generation_pb2.GetJobRequest, context: Context) -> job_pb2.Job:  # noqa: N802
+        return await self._jobs.get(request.job_id)
+
+    async def ListJobs(  # noqa: N802
+        self, request: generation_pb2.ListJobsRequest, context: Context
+    ) -> generation_pb2.ListJobsResponse:
+        known = job_pb2.JobState.values()
+        violations = [
+            Violation(f"states[{index}]", f"{state} is not a JobState")
+            for index, state in enumerate(request.states)
+            if state not in known or state == job_pb2.JOB_STATE_UNSPECIFIED
+        ]
+        if violations:
+            raise invalid(violations)
+        size = page_size(request.page_size)
+        position = decode_token(request.page_token, int, str)
+        before = None if position is None else (int(position[0]), str(position[1]))
+        jobs = await self._jobs.page(size + 1, before, list(request.states))
+        response = generation_pb2.ListJobsResponse(jobs=jobs[:size])
+        if len(jobs) > size:
+            last = jobs[size - 1]
+            response.next_page_token = encode_token(last.create_time.ToMicroseconds(), last.job_id)
+        return response
+
+    async def CancelJob(self, request: generation_pb2.CancelJobRequest, context: Context) -> job_pb2.Job:  # noqa: N802
+        return await self._jobs.cancel(request.job_id)
+
+    async def Download(  # noqa: N802
+        self, request: generation_pb2.DownloadRequest, context: Context
+    ) -> AsyncIterator[generation_pb2.DownloadChunk]:
+        job = await self._jobs.get(request.job_id)
+        artifact = _artifact(job, request.artifact)
+        if not 0 <= request.offset <= artifact.size_bytes:
+            raise RequestError(
+                grpc.StatusCode.OUT_OF_RANGE,
+                f"offset: {request.offset} is not between 0 and {artifact.size_bytes}, the size of {artifact.name}",
+                [Violation("offset", f"{request.offset} is not between 0 and {artifact.size_bytes}")],
+            )
+        try:
+            chunks = await asyncio.to_thread(self._artifacts.open_range, job.job_id, artifact.name, request.offset)
+            offset = request.offset
+            while (data := await asyncio.to_thread(_next_chunk, chunks)) is not None:
+                yield generation_pb2.DownloadChunk(offset=offset, data=data, total_size_bytes=artifact.size_bytes)
+                offset += len(data)
+        except ArtifactNotFoundError as error:
+            raise RequestError(grpc.StatusCode.NOT_FOUND, f"{artifact.name} of this job is gone: {error}") from error
+        except ArtifactError as error:
+            raise RequestError(grpc.StatusCode.UNAVAILABLE, f"{error}") from error
+
+    async def _accept(self, clip: clip_pb2.ClipSpec, request_id: str, *, detached: bool) -> job_pb2.Job:
+        """Turns a request into a persisted, queued job, or finds the one that it already became."""
+        if len(request_id) > _MAX_REQUEST_ID:
+            allowed = f"has {len(request_id)} characters, at most {_MAX_REQUEST_ID} are allowed"
+            raise invalid([Violation("request_id", allowed)])
+        request_hash = hashlib.sha256(clip.SerializeToString(deterministic=True)).hexdigest()
+        if request_id and (earlier := await self._jobs.by_request_id(request_id)) is not None:
+            return _same_request(earlier.job, earlier.request_hash == request_hash)
+        self._scheduler.admit()
+        acceptable = await asyncio.to_thread(check_clip, clip, self._model, self._catalogue)
+        self._scheduler.admit()
+        job = job_pb2.Job(
+            job_id=uuid.uuid4().hex,
+            clip=acceptable.clip,
+            request_id=request_id,
+            detached=detached,
+            progress=job_pb2.JobProgress(total_steps=acceptable.clip.steps, total_frames=acceptable.clip.frames),
+            notes=acceptable.notes,
+        )
+        await asyncio.to_thread(self._inputs.save, job.job_id, acceptable.frame)
+        live, existing = await self._jobs.accept(job, request_hash)
+        if live is None:
+            assert existing is not None
+            await asyncio.to_thread(self._inputs.delete, job.job_id)
+            return _same_request(existing.job, existing.request_hash == request_hash)
+        self._scheduler.enqueue(live)
+        return live.job
+
+
+def _same_request(job: job_pb2.Job, same: bool) -> job_pb2.Job:
+    if same:
+        return job
+    violation = Violation("request_id", f"was used for another clip, job {job.job_id}; use a new one for each request")
+    raise RequestError(grpc.StatusCode.ALREADY_EXISTS, f"{violation.field}: {violation.description}", [violation])
+
+
+def _artifact(job: job_pb2.Job, name: str) -> job_pb2.Artifact:
+    """Raises RequestError when the job has no such file, or none yet."""
+    if job.state != job_pb2.JOB_STATE_SUCCEEDED:
+        state = state_name(job.state)
+        raise RequestError(
+            grpc.StatusCode.FAILED_PRECONDITION,
+            f"job_id: job {job.job_id} is {state}; only succeeded jobs have files",
+            [Violation("job_id", f"the job is {state}; only succeeded jobs have files")],
+        )
+    artifacts = {artifact.name: artifact for artifact in job.result.artifacts}
+    if not name:
+        return job.result.artifacts[0]
+    if name not in artifacts:
+        raise invalid([Violation("artifact", f"{name[:64]!r} is not one of {', '.join(artifacts)}", missing=True)])
+    return artifacts[name]
+
+
+def _next_chunk(chunks: Iterator[bytes]) -> bytes | None:
+    return next(chunks, None)

@@ -1,0 +1,149 @@
+"""The server's settings: one typed model, filled from flags over environment over a TOML file."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+ENVIRONMENT_PREFIX = "CINECAT_"
+
+# Read by the client and by the command line, so no settings of the server.
+_OTHER_VARIABLES = frozenset({"CINECAT_SERVER", "CINECAT_CONFIG"})
+
+
+class SettingsError(ValueError):
+    """Settings that cannot be used; the message has one line for each problem."""
+
+
+def _state_folder() -> Path:
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "cinecat"
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cinecat"
+
+
+Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+class Settings(BaseModel):
+    """What an operator may decide. `cinecat serve --print-config` shows the values in force."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    address: str = Field("127.0.0.1:50051", description="host:port of the gRPC services; port 0 picks a free one")
+    metrics_host: str = Field("127.0.0.1", description="host of the Prometheus endpoint")
+    metrics_port: Port = Field(9464, description="port of the Prometheus endpoint; 0 picks a free one")
+    ready_file: Path | None = Field(None, description="file to write {address, metrics_port} to once ready")
+
+    model: str = Field("wan-tiny", description="wan-tiny, a folder in the diffusers layout, or a hub id")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="of transformer and text encoder"
+    )
+    threads: int = Field(0, ge=0, le=1024, description="CPU threads of the engine core; 0 leaves it to torch")
+    style_slots: int = Field(8, ge=1, le=1024, description="styles resident at once")
+    max_rank: int = Field(32, ge=1, le=512, description="LoRA rank of a slot, summed over styles worn together")
+    cache_mib: int = Field(1024, ge=0, description="memory for encoded prompts, images and conditions")
+
+    data_dir: Path = Field(default_factory=_state_folder, description="job database and inputs")
+    artifact_url: str = Field("", description="fsspec URL for finished clips; empty puts them into data_dir")
+    model_cache: Path = Field(default_factory=_cache_folder, description="where wan-tiny is built on first use")
+    styles_dirs: tuple[Path, ...] = Field((), description="folders of styles beside the bundled ones, ':' between them")
+
+    max_queue: int = Field(1000, ge=1, description="jobs that may wait")
+    max_tokens: int = Field(0, ge=0, description="tokens of one clip; 0 is 20480 on a CPU and 680400 (4K) on a GPU")
+    max_steps: int = Field(200, ge=1, le=10_000, description="denoising steps of one clip")
+    max_image_mib: int = Field(32, ge=1, le=512, description="size of an uploaded image file")
+    max_image_megapixels: int = Field(100, ge=1, le=1000, description="pixels of an uploaded image")
+
+    grace_seconds: float = Field(
+        60.0, ge=0, le=86_400, description="how long an attached job outlives its last watcher"
+    )
+    drain_seconds: float = Field(30.0, ge=0, le=86_400, description="how long a shutdown waits for the running job")
+    log_format: Literal["console", "json"] = Field("console", description="log lines for people or for machines")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe line logged")
+
+    @field_validator("styles_dirs", mode="before")
+    @classmethod
+    def _split_paths(cls, value: object) -> object:
+        return tuple(part for part in value.split(os.pathsep) if part) if isinstance(value, str) else value
+
+    @field_validator("address")
+    @classmethod
+    def _has_host_and_port(cls, value: str) -> str:
+        host, _, port = value.rpartition(":")
+        if not host or not port.isdigit() or int(port) > 65535:
+            raise ValueError("must be host:port, e.g. 127.0.0.1:50051")
+        return value
+
+
+def load_settings(
+    flags: Mapping[str, object], environment: Mapping[str, str], config_file: Path | None = None
+) -> Settings:
+    """Merges the three sources.
+
+    Args:
+        flags: values given on the command line, by field name.
+        environment: all of the process's; names outside CINECAT_ are ignored.
+        config_file: TOML; its keys are the field names.
+
+    Raises:
+        SettingsError: a key is unknown (with the near miss) or a value is not allowed.
+    """
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    sources = (
+        _from_file(config_file),
+        _from_environment(environment),
+        {f"--{_flag(k)}": (k, v) for k, v in flags.items()},
+    )
+    for source in sources:
+        for origin, (key, value) in source.items():
+            values[key] = value
+            origins[key] = origin
+    unknown = [key for key in values if key not in Settings.model_fields]
+    if unknown:
+        raise SettingsError("\n".join(f"{origins[key]}: unknown setting{_near_miss(key)}" for key in unknown))
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        raise SettingsError("\n".join(_problem(detail, origins) for detail in error.errors())) from error
+
+
+def _flag(key: str) -> str:
+    return key.replace("_", "-")
+
+
+def _from_file(path: Path | None) -> dict[str, tuple[str, object]]:
+    if path is None:
+        return {}
+    try:
+        table = tomllib.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"{path}: cannot be read as TOML: {error}") from error
+    return {f"{key} in {path}": (key, value) for key, value in table.items()}
+
+
+def _from_environment(environment: Mapping[str, str]) -> dict[str, tuple[str, object]]:
+    return {
+        name: (name.removeprefix(ENVIRONMENT_PREFIX).lower(), value)
+        for name, value in environment.items()
+        if name.startswith(ENVIRONMENT_PREFIX) and name not in _OTHER_VARIABLES
+    }
+
+
+def _near_miss(key: str) -> str:
+    close = difflib.get_close_matches(key, Settings.model_fields, n=1)
+    return f"; did you mean {close[0]}?" if close else f"; settings are {', '.join(Settings.model_fields)}"
+
+
+def _problem(detail: Any, origins: Mapping[str, str]) -> str:
+    key = str(detail["loc"][0])
+    return f"{origins.get(key, key)}: {detail['msg'].removeprefix('Value error, ')}, got {detail['input']!r}"

@@ -1,0 +1,220 @@
+"""Checking a ClipSpec against the model, and filling in what it leaves unset."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cinecat.plugins.registry import Style, UnknownStyle
+from cinecat.server.errors import Violation, invalid
+from cinecat.server.images import Fit, ImageError, decode_image, fit_image
+from cinecat.server.models import MAX_FPS, token_count
+from cinecat.server.styles import StyleCatalogue
+from cinecat.v1 import clip_pb2, models_pb2
+
+MAX_STRENGTH = 4.0
+MAX_SEED = 2**63 - 1
+
+_FITS = {clip_pb2.FIT_CROP: Fit.CROP, clip_pb2.FIT_PAD: Fit.PAD, clip_pb2.FIT_STRETCH: Fit.STRETCH}
+
+
+@dataclass(frozen=True)
+class AcceptableClip:
+    """A request that can be served.
+
+    Attributes:
+        clip: every field set, style versions and strengths and the seed resolved, the image's bytes left out.
+        frame: the first frame, uint8 [height, width, 3], sRGB.
+        notes: what was done to the image.
+    """
+
+    clip: clip_pb2.ClipSpec
+    frame: NDArray[np.uint8]
+    notes: tuple[str, ...]
+
+
+def check_clip(clip: clip_pb2.ClipSpec, model: models_pb2.Model, catalogue: StyleCatalogue) -> AcceptableClip:
+    """Resolves a request. Takes as long as decoding its image: run it in a thread.
+
+    Raises:
+        RequestError: with every violation found, not only the first.
+    """
+    resolved = clip_pb2.ClipSpec()
+    resolved.CopyFrom(model.defaults)
+    resolved.MergeFrom(clip_pb2.ClipSpec(prompt=clip.prompt, negative_prompt=clip.negative_prompt))
+    violations = [
+        *_model(clip, model),
+        *_prompts(clip, model.limits),
+        *_size(clip, resolved, model),
+        *_numbers(clip, resolved, model.limits),
+        *_choices(clip, resolved, model),
+        *_styles(clip, resolved, model, catalogue),
+        *_image_bytes(clip, model.limits),
+    ]
+    if violations:
+        raise invalid(violations)
+    try:
+        image = decode_image(
+            clip.image, max_bytes=model.limits.max_image_bytes, max_pixels=model.limits.max_image_pixels
+        )
+    except ImageError as error:
+        raise invalid([Violation("clip.image", f"{error}")]) from error
+    fitted = fit_image(image, resolved.width, resolved.height, _FITS[resolved.fit])
+    return AcceptableClip(resolved, fitted.pixels, fitted.notes)
+
+
+def _model(clip: clip_pb2.ClipSpec, model: models_pb2.Model) -> list[Violation]:
+    if clip.model in ("", model.name):
+        return []
+    return [Violation("clip.model", f"{clip.model[:64]!r} is not loaded; loaded: {model.name}", missing=True)]
+
+
+def _prompts(clip: clip_pb2.ClipSpec, limits: models_pb2.ModelLimits) -> list[Violation]:
+    allowed = limits.max_prompt_characters
+    return [
+        Violation(f"clip.{field}", f"has {len(text)} characters, at most {allowed} are allowed")
+        for field, text in (("prompt", clip.prompt), ("negative_prompt", clip.negative_prompt))
+        if len(text) > allowed
+    ]
+
+
+def _size(clip: clip_pb2.ClipSpec, resolved: clip_pb2.ClipSpec, model: models_pb2.Model) -> list[Violation]:
+    limits = model.limits
+    if clip.HasField("width") != clip.HasField("height"):
+        unset = "height" if clip.HasField("width") else "width"
+        return [Violation(f"clip.{unset}", "must be set when the other side is")]
+    violations = []
+    if clip.HasField("width"):
+        resolved.width, resolved.height = clip.width, clip.height
+        for field, pixels in (("width", clip.width), ("height", clip.height)):
+            if not limits.min_size <= pixels <= limits.max_size or pixels % limits.size_multiple:
+                violations.append(Violation(f"clip.{field}", _allowed_sizes(pixels, limits)))
+    if clip.HasField("frames"):
+        resolved.frames = clip.frames
+        if not 1 <= clip.frames <= limits.max_frames or clip.frames % 4 != 1:
+            violations.append(
+                Violation(
+                    "clip.frames",
+                    f"{clip.frames} is not 4k + 1 between 1 and {limits.max_frames}{_near_frames(clip.frames, limits)}",
+                )
+            )
+    if not violations:
+        tokens = token_count(model, resolved.width, resolved.height, resolved.frames)
+        if tokens > limits.max_tokens:
+            violations.append(
+                Violation(
+                    "clip.frames",
+                    f"{resolved.width}x{resolved.height} with {resolved.frames} frames takes {tokens} tokens, "
+                    f"at most {limits.max_tokens} are allowed; ask for fewer frames or a smaller size",
+                )
+            )
+    return violations
+
+
+def _allowed_sizes(pixels: int, limits: models_pb2.ModelLimits) -> str:
+    multiple = limits.size_multiple
+    near = min(max(round(pixels / multiple) * multiple, limits.min_size), limits.max_size)
+    return f"{pixels} is not a multiple of {multiple} between {limits.min_size} and {limits.max_size}; nearest: {near}"
+
+
+def _near_frames(frames: int, limits: models_pb2.ModelLimits) -> str:
+    near = min(max((frames - 1) // 4 * 4 + 1, 1), limits.max_frames)
+    return f"; nearest: {near}"
+
+
+def _numbers(clip: clip_pb2.ClipSpec, resolved: clip_pb2.ClipSpec, limits: models_pb2.ModelLimits) -> list[Violation]:
+    violations = []
+    if clip.HasField("steps"):
+        resolved.steps = clip.steps
+        if not 1 <= clip.steps <= limits.max_steps:
+            violations.append(Violation("clip.steps", f"{clip.steps} is not between 1 and {limits.max_steps}"))
+    if clip.HasField("guidance_scale"):
+        resolved.guidance_scale = clip.guidance_scale
+        if not 0.0 <= clip.guidance_scale <= limits.max_guidance_scale:  # false for NaN too
+            violations.append(
+                Violation(
+                    "clip.guidance_scale", f"{clip.guidance_scale} is not between 0 and {limits.max_guidance_scale:g}"
+                )
+            )
+    if clip.HasField("fps"):
+        resolved.fps = clip.fps
+        if not (math.isfinite(clip.fps) and 1.0 <= clip.fps <= MAX_FPS):
+            violations.append(Violation("clip.fps", f"{clip.fps} is not between 1 and {MAX_FPS:g}"))
+    resolved.seed = clip.seed if clip.HasField("seed") else secrets.randbits(32)
+    if resolved.seed < 0:
+        violations.append(Violation("clip.seed", f"{clip.seed} is not between 0 and {MAX_SEED}"))
+    return violations
+
+
+def _choices(clip: clip_pb2.ClipSpec, resolved: clip_pb2.ClipSpec, model: models_pb2.Model) -> list[Violation]:
+    violations = []
+    if clip.fit:
+        resolved.fit = clip.fit
+        if clip.fit not in _FITS:
+            violations.append(_unknown_enum("clip.fit", clip.fit, clip_pb2.Fit))
+    tokenization = clip.tokenization
+    if tokenization.mode:
+        resolved.tokenization.CopyFrom(tokenization)
+        if tokenization.mode not in model.tokenizations:
+            offered = ", ".join(clip_pb2.Tokenization.Mode.Name(mode) for mode in model.tokenizations)
+            violations.append(Violation("clip.tokenization.mode", f"this server offers {offered}"))
+    budget = tokenization.WhichOneof("budget")
+    if budget and tokenization.mode != clip_pb2.Tokenization.CAT:
+        violations.append(Violation(f"clip.tokenization.{budget}", "must be unset unless mode is CAT"))
+    if clip.artifact_formats:
+        del resolved.artifact_formats[:]
+        resolved.artifact_formats.extend(dict.fromkeys(clip.artifact_formats))
+        for index, value in enumerate(clip.artifact_formats):
+            if value not in (clip_pb2.ARTIFACT_FORMAT_MP4_H264, clip_pb2.ARTIFACT_FORMAT_FRAMES_F32):
+                violations.append(_unknown_enum(f"clip.artifact_formats[{index}]", value, clip_pb2.ArtifactFormat))
+    return violations
+
+
+def _unknown_enum(field: str, value: int, enum: Any) -> Violation:
+    names = ", ".join(name for name in list(enum.keys()) if not name.endswith("UNSPECIFIED"))
+    return Violation(field, f"{value} is not one of {names}")
+
+
+def _styles(
+    clip: clip_pb2.ClipSpec, resolved: clip_pb2.ClipSpec, model: models_pb2.Model, catalogue: StyleCatalogue
+) -> list[Violation]:
+    if len(clip.styles) > model.limits.max_styles:
+        return [
+            Violation("clip.styles", f"names {len(clip.styles)} styles, at most {model.limits.max_styles} go together")
+        ]
+    violations = []
+    chosen: list[Style] = []
+    for index, wanted in enumerate(clip.styles):
+        path = f"clip.styles[{index}]"
+        try:
+            style = catalogue.find(wanted.name, wanted.version)
+        except UnknownStyle as error:
+            violations.append(Violation(f"{path}.name", f"{error}", missing=True))
+            continue
+        strength = wanted.strength if wanted.HasField("strength") else style.manifest.default_strength
+        if not -MAX_STRENGTH <= strength <= MAX_STRENGTH:  # false for NaN too
+            violations.append(
+                Violation(f"{path}.strength", f"{strength} is not between {-MAX_STRENGTH:g} and {MAX_STRENGTH:g}")
+            )
+        if any(other.manifest.name == style.manifest.name for other in chosen):
+            violations.append(Violation(f"{path}.name", f"{style.manifest.name!r} is named twice"))
+        elif problem := catalogue.incompatibility(style):
+            violations.append(Violation(f"{path}.name", f"{style.manifest.name!r} {problem}"))
+        chosen.append(style)
+        resolved.styles.add(name=style.manifest.name, version=style.manifest.version, strength=strength)
+    if not violations and (problem := catalogue.incompatibility_together(chosen)):
+        violations.append(Violation("clip.styles", f"together, {problem}"))
+    return violations
+
+
+def _image_bytes(clip: clip_pb2.ClipSpec, limits: models_pb2.ModelLimits) -> list[Violation]:
+    if not clip.image:
+        return [Violation("clip.image", "is missing: send the bytes of a PNG, JPEG, WebP or TIFF file")]
+    if len(clip.image) > limits.max_image_bytes:
+        return [Violation("clip.image", f"has {len(clip.image)} bytes, at most {limits.max_image_bytes} are allowed")]
+    return []

@@ -1,0 +1,191 @@
+"""What the client refuses before it sends anything, and what it sends otherwise."""
+
+import io
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cinecat import InvalidRequest, RequestTooLarge, Style, request
+from cinecat.image import MAX_IMAGE_BYTES
+from cinecat.request import build_clip
+from cinecat.v1 import clip_pb2
+from tests.protos.scripted_server import PNG
+
+NAMES = st.text(st.characters(codec="utf-8", exclude_characters="@:", exclude_categories=("Z", "C")), min_size=1)
+STRENGTHS = st.floats(-4, 4)
+
+
+def build(**changes: Any) -> clip_pb2.ClipSpec:
+    return build_clip(**({"image": PNG, "prompt": "a cat"} | changes))
+
+
+def refused_fields(**changes: Any) -> list[str]:
+    with pytest.raises(InvalidRequest) as caught:
+        build(**changes)
+    return [violation.field for violation in caught.value.violations]
+
+
+def test_what_is_left_out_stays_unset() -> None:
+    assert build() == clip_pb2.ClipSpec(image=PNG, prompt="a cat")
+
+
+def test_every_argument_reaches_its_field() -> None:
+    clip = build(
+        style=["noir@1.2:0.8", Style("amber")],
+        negative_prompt="blur",
+        model="wan-tiny",
+        fit="pad",
+        size="832x480",
+        frames=81,
+        fps=16,
+        steps=30,
+        guidance=0,
+        seed=0,
+        tokenization="cat",
+        keep_ratio=0.5,
+        artifacts=("mp4", "frames_f32"),
+    )
+    assert clip == clip_pb2.ClipSpec(
+        model="wan-tiny",
+        image=PNG,
+        fit=clip_pb2.FIT_PAD,
+        prompt="a cat",
+        negative_prompt="blur",
+        styles=[clip_pb2.StyleRef(name="noir", version="1.2", strength=0.8), clip_pb2.StyleRef(name="amber")],
+        width=832,
+        height=480,
+        frames=81,
+        fps=16,
+        steps=30,
+        guidance_scale=0,
+        seed=0,
+        tokenization=clip_pb2.Tokenization(mode=clip_pb2.Tokenization.CAT, keep_ratio=0.5),
+        artifact_formats=[clip_pb2.ARTIFACT_FORMAT_MP4_H264, clip_pb2.ARTIFACT_FORMAT_FRAMES_F32],
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"seed": -1}, "clip.seed"),
+        ({"seed": 2**63}, "clip.seed"),
+        ({"seed": 1.5}, "clip.seed"),
+        ({"seed": True}, "clip.seed"),
+        ({"steps": 0}, "clip.steps"),
+        ({"steps": 2**31}, "clip.steps"),
+        ({"frames": 0}, "clip.frames"),
+        ({"frames": 80}, "clip.frames"),
+        ({"fps": 0}, "clip.fps"),
+        ({"fps": math.nan}, "clip.fps"),
+        ({"guidance": math.nan}, "clip.guidance_scale"),
+        ({"guidance": math.inf}, "clip.guidance_scale"),
+        ({"guidance": "5"}, "clip.guidance_scale"),
+        ({"guidance": 10**400}, "clip.guidance_scale"),
+        ({"width": 0, "height": 480}, "clip.width"),
+        ({"width": 832, "height": -1}, "clip.height"),
+        ({"size": "832"}, "clip.width"),
+        ({"size": "832x480", "width": 832}, "clip.width"),
+        ({"prompt": 7}, "clip.prompt"),
+        ({"prompt": "\ud800"}, "clip.prompt"),
+        ({"fit": "squash"}, "clip.fit"),
+        ({"tokenization": "dog"}, "clip.tokenization.mode"),
+        ({"tokenization": "cat", "keep_ratio": 0}, "clip.tokenization.keep_ratio"),
+        ({"tokenization": "cat", "keep_ratio": 1.1}, "clip.tokenization.keep_ratio"),
+        ({"tokenization": "uniform", "keep_ratio": 0.5}, "clip.tokenization.keep_ratio"),
+        ({"keep_ratio": 0.5}, "clip.tokenization.keep_ratio"),
+        ({"tokenization": "cat", "target_psnr_db": -3}, "clip.tokenization.target_psnr_db"),
+        ({"tokenization": "cat", "target_psnr_db": 30, "keep_ratio": 0.5}, "clip.tokenization.target_psnr_db"),
+        ({"artifacts": ("mp4", "gif")}, "clip.artifact_formats[1]"),
+        ({"style": "noir:loud"}, "clip.styles[0]"),
+        ({"style": ":0.5"}, "clip.styles[0]"),
+        ({"style": ["noir", "amber:nan"]}, "clip.styles[1].strength"),
+        ({"style": "noir:4.1"}, "clip.styles[0].strength"),
+        ({"style": Style("noir", math.inf)}, "clip.styles[0].strength"),
+        ({"style": Style("")}, "clip.styles[0].name"),
+        ({"style": [None]}, "clip.styles[0]"),
+        ({"image": b""}, "clip.image"),
+        ({"image": b"GIF89a..."}, "clip.image"),
+        ({"image": 7}, "clip.image"),
+        ({"image": "missing.png"}, "clip.image"),
+        ({"image": "."}, "clip.image"),
+        ({"image": "nul\0.png"}, "clip.image"),
+        ({"image": io.StringIO("text")}, "clip.image"),
+        ({"image": PNG + bytes(MAX_IMAGE_BYTES)}, "clip.image"),
+    ],
+)
+def test_a_field_that_no_server_can_take_is_named(changes: dict[str, Any], field: str) -> None:
+    assert refused_fields(**changes) == [field]
+
+
+def test_all_wrong_fields_are_named_at_once() -> None:
+    assert refused_fields(image=b"", seed=-1, steps=0) == ["clip.image", "clip.steps", "clip.seed"]
+
+
+def test_the_message_says_what_is_wrong_and_what_is_allowed() -> None:
+    with pytest.raises(InvalidRequest, match=r"clip\.frames: 80 is not 4k \+ 1; the nearest are 77 and 81"):
+        build(frames=80)
+
+
+@pytest.mark.parametrize(
+    "start", [PNG, b"\xff\xd8\xff\xe0", b"RIFF\x00\x00\x00\x00WEBPVP8 ", b"II*\x00\x08", b"MM\x00*\x00", b"II+\x00\x08"]
+)
+def test_all_four_formats_pass(start: bytes) -> None:
+    assert build(image=start).image == start
+
+
+def test_an_image_may_be_a_path_or_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "shot.png"
+    path.write_bytes(PNG)
+    assert build(image=path).image == PNG
+    assert build(image=str(path)).image == PNG
+    assert build(image=io.BytesIO(PNG)).image == PNG
+
+
+def test_a_request_that_fits_no_message_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(request, "MAX_MESSAGE_BYTES", 8192)
+    with pytest.raises(RequestTooLarge, match="Shorten the prompt"):
+        build(prompt="x" * 10_000)
+
+
+def test_arguments_that_do_not_exist_are_type_errors() -> None:
+    with pytest.raises(TypeError, match="sed"):
+        build(sed=3)
+    with pytest.raises(TypeError, match="prompt"):
+        build_clip(image=PNG)  # type: ignore[call-arg]
+
+
+@given(st.builds(Style, NAMES, st.none() | STRENGTHS, st.just("") | NAMES))
+def test_a_style_is_read_back_from_its_spelling(style: Style) -> None:
+    read = Style.parse(str(style))
+    assert (read.name, read.version) == (style.name, style.version)
+    assert read.strength == pytest.approx(style.strength, rel=1e-5, abs=1e-12)
+
+
+@given(st.text())
+def test_any_text_is_a_style_or_is_refused_by_name(text: str) -> None:
+    try:
+        clip = build(style=text)
+    except InvalidRequest as error:
+        assert {violation.field.split(".")[1] for violation in error.violations} == {"styles[0]"}
+    else:
+        assert clip.styles[0].name
+
+
+@given(st.integers())
+def test_seeds_are_sent_exactly_or_refused(seed: int) -> None:
+    if 0 <= seed < 2**63:
+        assert build(seed=seed).seed == seed
+    else:
+        assert refused_fields(seed=seed) == ["clip.seed"]
+
+
+@given(st.floats())
+def test_no_number_that_is_not_finite_is_ever_sent(guidance: float) -> None:
+    if math.isfinite(guidance):
+        assert build(guidance=guidance).guidance_scale == guidance
+    else:
+        assert refused_fields(guidance=guidance) == ["clip.guidance_scale"]
