@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import grpc
 from google.protobuf.message import DecodeError
-from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
+from google.rpc import error_details_pb2, status_pb2
 
 _STATUS_OF_NUMBER = {status.value[0]: status for status in grpc.StatusCode}
 

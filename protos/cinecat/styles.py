@@ -41,7 +41,7 @@ class Style:
 
     def __str__(self) -> str:
         version = f"@{self.version}" if self.version else ""
-        strength = "" if self.strength is None else f":{self.strength:g}"
+        strength = "" if self.strength is None else ":" + repr(float(self.strength)).removesuffix(".0")
         return f"{self.name}{version}{strength}"
 
 

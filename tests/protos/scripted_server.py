@@ -182,7 +182,7 @@ class Script(GenerationServicer, StylesServicer, ModelsServicer):
 
 def start(script: Script) -> tuple[grpc.Server, str]:
     """A running server that plays `script`, and its address."""
-    server = grpc.server(ThreadPoolExecutor(4))
+    server = grpc.server(ThreadPoolExecutor(4), options=[("grpc.max_receive_message_length", 64 * 1024**2)])
     add_GenerationServicer_to_server(script, server)
     add_StylesServicer_to_server(script, server)
     add_ModelsServicer_to_server(script, server)

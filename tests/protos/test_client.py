@@ -241,6 +241,13 @@ def test_submit_gives_the_job(script: Script, twin: Twin) -> None:
     assert script.requests(generation_pb2.SubmitRequest)[0].request_id
 
 
+def test_a_submit_with_a_large_image_is_repeated_too(script: Script, twin: Twin) -> None:
+    script.unary_breaks.append(Break())
+    twin.call("submit", image=PNG + bytes(8 * 1024**2), prompt="a cat")
+    first, second = script.requests(generation_pb2.SubmitRequest)
+    assert first.request_id == second.request_id
+
+
 def test_watch_starts_after_the_given_event(script: Script, twin: Twin) -> None:
     script.watch.append([denoising(5), succeeded(6)])
     events = twin.watch("job-1", 4)

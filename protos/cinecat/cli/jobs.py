@@ -46,7 +46,7 @@ def show(job_id: JobId, server: Server = DEFAULT_ADDRESS, as_json: Json = False)
     if as_json:
         out.show_json(fields)
     else:
-        out.show_table(("FIELD", "VALUE"), list(fields.items()))
+        out.show_fields(fields)
 
 
 @app.command()

@@ -3,7 +3,8 @@
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 
 import grpc
@@ -24,6 +25,9 @@ from cinecat.errors import (
 
 # A table in a pipe is read by programs such as grep: one line per row, however long.
 _PIPE_WIDTH = 400
+_NOTHING: tuple[object, ...] = (None, "", (), [], {})
+_CONTROL = ("Cc", "Cs")
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 class Interrupted(JobCancelled):
@@ -32,7 +36,9 @@ class Interrupted(JobCancelled):
 
 def plain(text: object) -> str:
     """`text` without control characters, which could drive the terminal when they come from a server."""
-    return "".join(char if char.isprintable() or char == "\n" else "\N{REPLACEMENT CHARACTER}" for char in str(text))
+    return "".join(
+        _REPLACEMENT if unicodedata.category(char) in _CONTROL and char != "\n" else char for char in str(text)
+    )
 
 
 def say(text: object) -> None:
@@ -54,7 +60,16 @@ def show_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     table = Table(*header, box=None, pad_edge=False, header_style="bold")
     for row in rows:
         table.add_row(*(Text(plain(cell).replace("\n", " ")) for cell in row))
-    console.print(table)
+    with console.capture() as captured:
+        console.print(table)
+    # The last column is padded too, which is noise in a pipe.
+    for line in captured.get().splitlines():
+        print(line.rstrip())
+
+
+def show_fields(fields: Mapping[str, object]) -> None:
+    """A table of the fields that hold something."""
+    show_table(("FIELD", "VALUE"), [(name, _phrase(value)) for name, value in fields.items() if value not in _NOTHING])
 
 
 def clip_json(clip: Clip, output: object = None) -> dict[str, object]:
@@ -122,6 +137,14 @@ def usage_error(message: str) -> CinecatError:
 def _error_body(error: CinecatError) -> dict[str, object]:
     violations = [dataclasses.asdict(violation) for violation in error.violations]
     return {"code": error.code.name, "message": error.message, "violations": violations}
+
+
+def _phrase(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_phrase(part)}" for name, part in value.items() if part not in _NOTHING)
+    if isinstance(value, list | tuple):
+        return "; ".join(map(_phrase, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _jsonable(value: object) -> str:

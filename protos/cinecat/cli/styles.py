@@ -44,5 +44,4 @@ def show(
     if as_json:
         out.show_json(fields)
         return
-    fields["trigger_words"] = ", ".join(style.trigger_words)
-    out.show_table(("FIELD", "VALUE"), list(fields.items()))
+    out.show_fields(fields)
