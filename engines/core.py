@@ -219,8 +219,12 @@ class _Clock:
 
 
 def _load_style(shot: Shot, fingerprint: str) -> Factors:
-    path = next(style.path for style in shot.styles if style.fingerprint == fingerprint)
-    return load_lora(Path(path))
+    """Reads a style's factors; what is resident under a fingerprint must be what the fingerprint says."""
+    path = Path(next(style.path for style in shot.styles if style.fingerprint == fingerprint))
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != fingerprint:
+            raise EngineError(f"styles: {path.name} was replaced since the request was accepted; ask again")
+    return load_lora(path)
 
 
 def _size(model: WanModel) -> tuple[int, int]:

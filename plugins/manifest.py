@@ -70,7 +70,7 @@ class StyleManifest:
     # Multiplier on the style's effect when the request gives none.
     default_strength: Annotated[
         float,
-        Field(ge=-4.0, le=4.0, allow_inf_nan=False, description="a number from -4 to 4"),
+        Field(ge=-4.0, le=4.0, description="a number from -4 to 4"),
     ] = 1.0
     license: _Line = ""
     author: _Line = ""

@@ -79,12 +79,13 @@ def bench(
     out: Annotated[Path | None, typer.Option(help="folder for CSV files and plots")] = None,
 ) -> None:
     """Measure Cinecat against its rivals, side by side in one run."""
-    from cinecat.server.bench import BENCHES, report
+    from cinecat.server.bench import BENCHES
+    from cinecat.server.bench.harness import as_text
 
     if name not in BENCHES:
         print(f"cinecat bench: no benchmark {name!r}; there are: {', '.join(BENCHES)}", file=sys.stderr)
         raise typer.Exit(2)
-    result = BENCHES[name](quick, out)
-    print(json.dumps(result.as_json()) if as_json else report(result))
-    if not all(check.met for check in result.checks.values()):
+    report = BENCHES[name](quick, out)
+    print(json.dumps(report.as_json()) if as_json else as_text(report))
+    if not all(check.met for check in report.checks.values()):
         raise typer.Exit(1)

@@ -24,6 +24,8 @@ A = TypeVar("A", bound=Answer)
 
 log = structlog.get_logger(__name__)
 
+_STOP_SECONDS = 3.0
+
 _FAILURES = {"model": ModelError, "memory": OutOfMemory, "request": EngineError, "internal": EngineFault}
 
 
@@ -82,11 +84,18 @@ class CoreProcess:
         """
         return _expect(await self._in_thread(lambda: self._roundtrip(call)), answer)
 
-    async def stop(self) -> None:
-        """Ends the process, at once."""
+    def kill(self) -> None:
+        """Ends the process at once; a call that waits for it comes back with CoreDied."""
         if self._process is not None:
-            self._process.kill()  # a call that blocks on it comes back with CoreDied
-        await self._in_thread(self._kill)
+            self._process.kill()
+
+    async def stop(self) -> None:
+        """Lets the process end by itself, or kills it when it is busy."""
+        try:
+            await asyncio.wait_for(self._in_thread(self._close), _STOP_SECONDS)
+        except TimeoutError:
+            self.kill()
+            await self._in_thread(self._kill)
 
     def _spawn(self) -> BaseProcess:
         context = multiprocessing.get_context("spawn")
@@ -119,6 +128,13 @@ class CoreProcess:
             return "the engine core was stopped"
         self._process.join(5)
         return f"the engine core (pid {self._process.pid}) died with exit code {self._process.exitcode}"
+
+    def _close(self) -> None:
+        """A core that finds its pipe closed leaves, and cleans up behind itself."""
+        if self._connection is not None:
+            self._connection.close()
+        if self._process is not None:
+            self._process.join(_STOP_SECONDS)
 
     def _kill(self) -> None:
         if self._process is not None:

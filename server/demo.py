@@ -65,7 +65,7 @@ def timings_table(timings: Mapping[str, Mapping[str, float]]) -> Table:
 
 
 def make_clips(out: Path, console: Console) -> None:
-    """Generates the clips of CLIPS into `out`, with contact-sheet.png. Raises ServerFailed, and what the client raises."""
+    """Generates the clips of CLIPS into `out`, with contact-sheet.png. Raises ServerFailed and CinecatError."""
     out.mkdir(parents=True, exist_ok=True)
     photograph = resources.files("cinecat.server").joinpath("examples", "chelsea.png").read_bytes()
     made: dict[str, Any] = {}

@@ -72,7 +72,11 @@ class LiveJob:
 
 
 class Jobs:
-    """All jobs of a server."""
+    """All jobs of a server.
+
+    Attributes:
+        on_dequeued: called when a job has left the queue, in whatever way.
+    """
 
     def __init__(self, store: JobStore, grace_seconds: float, metrics: Metrics) -> None:
         self._store = store
@@ -81,6 +85,7 @@ class Jobs:
         self._live: dict[str, LiveJob] = {}
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="store")
         self._closing = False
+        self.on_dequeued: Callable[[], None] = lambda: None
         self._abandoned: set[asyncio.Task[pb.Job]] = set()
 
     async def restore(self) -> list[LiveJob]:
@@ -171,6 +176,8 @@ class Jobs:
             if live.grace is not None:
                 live.grace.cancel()
         _wake(live)
+        if before.state == pb.JOB_STATE_QUEUED:
+            self.on_dequeued()
 
     async def requeue(self, live: LiveJob) -> None:
         """Puts a running job back to where it began."""

@@ -70,6 +70,7 @@ class Scheduler:
         self._running: LiveJob | None = None
         self._finishing: set[asyncio.Task[None]] = set()
         self._draining = False
+        jobs.on_dequeued = self._tell_positions
 
     def admit(self) -> None:
         """Says whether one more job may be accepted.
@@ -96,7 +97,6 @@ class Scheduler:
                 await self._idle()
                 continue
             self._running = live
-            self._tell_positions()
             try:
                 rendered = await self._guarded(live, self._renderer.render(live))
             finally:
@@ -115,7 +115,7 @@ class Scheduler:
         hurrying.cancel()
         if not worker.done():
             # A forward cannot be interrupted, a process can.
-            await self._core.stop()
+            self._core.kill()
             await asyncio.wait([worker])
         if self._finishing:
             await asyncio.wait(self._finishing)

@@ -1,1 +1,9 @@
 """Benchmarks: `cinecat bench NAME`."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from cinecat.server.bench.harness import Report
+from cinecat.server.bench.serve import bench_serve
+
+BENCHES: Mapping[str, Callable[[bool, Path | None], Report]] = {"serve": bench_serve}

@@ -31,7 +31,8 @@ class StylesService(styles_pb2_grpc.StylesServicer):
             styles=[self._to_proto(style) for style in styles[start : start + size]]
         )
         for problem in self._catalogue.problems():
-            response.problems.add(folder=str(problem.folder), reason=problem.reason)
+            folder = str(problem.folder).encode(errors="replace").decode()  # a name on disk need not be Unicode
+            response.problems.add(folder=folder, reason=problem.reason)
         if start + size < len(styles):
             response.next_page_token = encode_token(start + size)
         return response

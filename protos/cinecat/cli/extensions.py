@@ -12,7 +12,7 @@ import typer.main
 GROUP = "cinecat.commands"
 _SUMMARIES = {
     "serve": "Serve a model over gRPC.",
-    "bench": "Measure this machine against other ways to do the same work.",
+    "bench": "Measure Cinecat against its rivals, side by side in one run.",
 }
 
 

@@ -1,0 +1,40 @@
+"""What tests of several rooms share: the bundled model, built once, and small images."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+
+@pytest.fixture(scope="session")
+def model_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model_cache that holds wan-tiny."""
+    from cinecat.engines.checkpoint import find_checkpoint
+
+    cache = tmp_path_factory.mktemp("models")
+    find_checkpoint("wan-tiny", cache)
+    return cache
+
+
+@pytest.fixture(scope="session")
+def photograph() -> Path:
+    """The example image, 451x300."""
+    return Path(__file__).parents[1] / "server" / "examples" / "chelsea.png"
+
+
+@pytest.fixture(scope="session")
+def frame() -> NDArray[np.uint8]:
+    """A first frame that needs no fitting at 64x64: uint8 [64, 64, 3]."""
+    return np.random.default_rng(3).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="session")
+def frame_png(frame: NDArray[np.uint8]) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(frame).save(file, "PNG")
+    return file.getvalue()

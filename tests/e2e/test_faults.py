@@ -1,0 +1,150 @@
+"""Processes that die. Nothing accepted is lost, and nobody is left hanging."""
+
+from __future__ import annotations
+
+import os
+import signal
+import urllib.request
+from pathlib import Path
+
+import grpc
+import pytest
+
+from cinecat.server.local_server import LocalServer
+from cinecat.v1 import clip_pb2, generation_pb2, generation_pb2_grpc
+from cinecat.v1 import job_pb2 as pb
+
+Stub = generation_pb2_grpc.GenerationStub
+
+
+def core_pid(server: LocalServer) -> int:
+    """The child that loaded the model: the one with by far the most memory."""
+    children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
+    return max(map(int, children), key=lambda pid: int(Path(f"/proc/{pid}/statm").read_text().split()[1]))
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def metric(server: LocalServer, line: str) -> float:
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.metrics_port}/metrics") as answer:
+        lines = answer.read().decode().splitlines()
+    return next(float(found.rpartition(" ")[2]) for found in lines if found.startswith(line))
+
+
+def until(stream: object, state: int) -> pb.JobEvent:
+    return next(event for event in stream if event.job.state == state)  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def long_clip(small_clip: clip_pb2.ClipSpec) -> clip_pb2.ClipSpec:
+    small_clip.steps = 60
+    return small_clip
+
+
+def test_a_job_survives_the_death_of_its_core_and_fails_at_the_second(
+    start_server: object, tmp_path: Path, long_clip: clip_pb2.ClipSpec
+) -> None:
+    with start_server(tmp_path) as server, grpc.insecure_channel(server.address) as channel:  # type: ignore[operator]
+        generation = Stub(channel)
+        stream = generation.Generate(generation_pb2.GenerateRequest(clip=long_clip))
+        until(stream, pb.JOB_STATE_DENOISING)
+        os.kill(core_pid(server), signal.SIGKILL)
+        until(stream, pb.JOB_STATE_QUEUED)
+        assert list(stream)[-1].job.state == pb.JOB_STATE_SUCCEEDED
+        assert metric(server, "cinecat_core_restarts_total") == 1
+
+        stream = generation.Generate(generation_pb2.GenerateRequest(clip=long_clip))
+        waiting = generation.Submit(generation_pb2.SubmitRequest(clip=long_clip))
+        until(stream, pb.JOB_STATE_DENOISING)
+        os.kill(core_pid(server), signal.SIGKILL)
+        until(stream, pb.JOB_STATE_QUEUED)
+        until(stream, pb.JOB_STATE_DENOISING)
+        os.kill(core_pid(server), signal.SIGKILL)
+        last = list(stream)[-1].job
+        assert last.state == pb.JOB_STATE_FAILED
+        assert "second time" in last.error.message
+        assert last.error.code == grpc.StatusCode.UNAVAILABLE.value[0]
+        # The job behind it is not the worse for it.
+        events = list(generation.Watch(generation_pb2.WatchRequest(job_id=waiting.job_id)))
+        assert events[-1].job.state == pb.JOB_STATE_SUCCEEDED
+        assert not list((tmp_path / "data" / "artifacts" / ".scratch").iterdir())
+        assert not list((tmp_path / "data" / "inputs").iterdir())
+
+
+def test_an_idle_core_that_dies_is_replaced_before_the_next_request(
+    start_server: object, tmp_path: Path, small_clip: clip_pb2.ClipSpec
+) -> None:
+    with start_server(tmp_path) as server, grpc.insecure_channel(server.address) as channel:  # type: ignore[operator]
+        os.kill(core_pid(server), signal.SIGKILL)
+        while metric(server, "cinecat_core_restarts_total") < 1:
+            pass
+        *_, last = Stub(channel).Generate(generation_pb2.GenerateRequest(clip=small_clip))
+        assert last.job.state == pb.JOB_STATE_SUCCEEDED
+        assert metric(server, 'cinecat_jobs_ended_total{outcome="succeeded"}') == 1
+
+
+def test_sigterm_keeps_what_it_cannot_finish_for_the_next_start(
+    start_server: object, tmp_path: Path, long_clip: clip_pb2.ClipSpec
+) -> None:
+    long_clip.steps = 200
+    with (
+        start_server(tmp_path, "--drain-seconds", "0.2") as server,  # type: ignore[operator]
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        generation = Stub(channel)
+        stream = generation.Generate(generation_pb2.GenerateRequest(clip=long_clip))
+        running = until(stream, pb.JOB_STATE_DENOISING)
+        waiting = generation.Submit(generation_pb2.SubmitRequest(clip=long_clip))
+        server.process.send_signal(signal.SIGTERM)
+        with pytest.raises(grpc.RpcError) as dropped:
+            list(stream)
+        assert dropped.value.code() == grpc.StatusCode.UNAVAILABLE
+        core = core_pid(server) if server.process.poll() is None else 0
+        assert server.process.wait(30) == 0  # and once more as the block ends
+    assert not (core and is_alive(core))
+    with start_server(tmp_path) as server, grpc.insecure_channel(server.address) as channel:  # type: ignore[operator]
+        generation = Stub(channel)
+        request = generation_pb2.WatchRequest(job_id=running.job.job_id, after_sequence=running.sequence)
+        events = list(generation.Watch(request))
+        assert all(event.sequence > running.sequence for event in events)
+        assert events[-1].job.state == pb.JOB_STATE_SUCCEEDED
+        done = list(generation.Watch(generation_pb2.WatchRequest(job_id=waiting.job_id)))
+        assert done[-1].job.state == pb.JOB_STATE_SUCCEEDED
+
+
+def test_sigterm_lets_the_running_job_finish(
+    start_server: object, tmp_path: Path, small_clip: clip_pb2.ClipSpec
+) -> None:
+    with start_server(tmp_path) as server, grpc.insecure_channel(server.address) as channel:  # type: ignore[operator]
+        stream = Stub(channel).Generate(generation_pb2.GenerateRequest(clip=small_clip))
+        until(stream, pb.JOB_STATE_CONDITIONING)
+        server.process.send_signal(signal.SIGTERM)
+        assert list(stream)[-1].job.state == pb.JOB_STATE_SUCCEEDED
+        assert server.process.wait(30) == 0
+
+
+def test_a_killed_server_takes_its_core_along_and_loses_no_job(
+    start_server: object, tmp_path: Path, long_clip: clip_pb2.ClipSpec
+) -> None:
+    long_clip.steps = 200
+    with pytest.raises(Exception, match="exited with -9"), start_server(tmp_path) as server:  # type: ignore[operator]
+        with grpc.insecure_channel(server.address) as channel:
+            generation = Stub(channel)
+            job = generation.Submit(generation_pb2.SubmitRequest(clip=long_clip, request_id="once"))
+            until(generation.Watch(generation_pb2.WatchRequest(job_id=job.job_id)), pb.JOB_STATE_DENOISING)
+            core = core_pid(server)
+            server.process.kill()
+            server.process.wait()
+            while is_alive(core):
+                pass
+    with start_server(tmp_path) as server, grpc.insecure_channel(server.address) as channel:  # type: ignore[operator]
+        generation = Stub(channel)
+        same = generation.Submit(generation_pb2.SubmitRequest(clip=long_clip, request_id="once"))
+        assert same.job_id == job.job_id
+        events = list(generation.Watch(generation_pb2.WatchRequest(job_id=job.job_id)))
+        assert events[-1].job.state == pb.JOB_STATE_SUCCEEDED
