@@ -100,9 +100,9 @@ async def running(settings: Settings, hurry: asyncio.Event) -> AsyncIterator[End
     async with contextlib.AsyncExitStack() as stack:
         folder = settings.data_dir.expanduser()
         store = await asyncio.to_thread(_open_store, folder)
-        jobs = Jobs(store, settings.grace_seconds, metrics)
-        stack.push_async_callback(jobs.close)
         inputs = JobInputs(folder / "inputs")
+        jobs = Jobs(store, inputs, settings.grace_seconds, metrics)
+        stack.push_async_callback(jobs.close)
         artifacts = ArtifactStore(settings.artifact_url or str(folder / "artifacts"))
         stack.callback(artifacts.close)
         await asyncio.to_thread(artifacts.clear_scratch)
@@ -111,7 +111,9 @@ async def running(settings: Settings, hurry: asyncio.Event) -> AsyncIterator[End
         stack.push_async_callback(core.stop)
         info = await core.start()
         model = describe_model(info, settings)
-        catalogue = StyleCatalogue(StyleRegistry([BUNDLED, *settings.styles_dirs]), info)
+        catalogue = StyleCatalogue(
+            StyleRegistry([BUNDLED, *(folder.expanduser() for folder in settings.styles_dirs)]), info
+        )
         await warm_up(core, model, catalogue)
 
         costs = Costs()
@@ -122,12 +124,10 @@ async def running(settings: Settings, hurry: asyncio.Event) -> AsyncIterator[End
             metrics.ready.set(alive)
 
         renderer = Renderer(core, model.engine, jobs, catalogue, inputs, artifacts, metrics, costs)
-        scheduler = Scheduler(jobs, renderer, core, inputs, model, settings.max_queue, metrics, costs, on_core_state)
-        unfinished = await jobs.restore()
-        await asyncio.to_thread(inputs.keep_only, [live.job_id for live in unfinished])
-        for live in unfinished:
+        scheduler = Scheduler(jobs, renderer, core, model, settings.max_queue, metrics, costs, on_core_state)
+        for live in await jobs.restore():
             scheduler.enqueue(live)
-        generation = GenerationService(jobs, scheduler, model, catalogue, inputs, artifacts)
+        generation = GenerationService(jobs, scheduler, model, catalogue, artifacts)
         generation_pb2_grpc.add_GenerationServicer_to_server(generation, server)
         styles_pb2_grpc.add_StylesServicer_to_server(StylesService(catalogue), server)
         models_pb2_grpc.add_ModelsServicer_to_server(ModelsService(model), server)

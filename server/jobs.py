@@ -7,15 +7,18 @@ latest of them is kept, so a slow watcher skips progress but never a transition.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 import structlog
+from numpy.typing import NDArray
 
 from cinecat.server.errors import ShuttingDown, unknown_job
+from cinecat.server.inputs import JobInputs
 from cinecat.server.lifecycle import FINAL_STATES, check_transition, state_name
 from cinecat.server.metrics import Metrics
 from cinecat.server.store import JobStore, StoredJob
@@ -29,6 +32,9 @@ T = TypeVar("T")
 # More than the progress events that fit between two transitions, so that numbers keep growing after a restart that
 # lost the count of those that were never stored.
 _SEQUENCE_GAP = 1 << 20
+
+# From the acceptance of a job until its own caller watches it, which takes a moment even where no grace is given.
+_ATTACH_SECONDS = 5.0
 
 log = structlog.get_logger(__name__)
 
@@ -78,8 +84,9 @@ class Jobs:
         on_dequeued: called when a job has left the queue, in whatever way.
     """
 
-    def __init__(self, store: JobStore, grace_seconds: float, metrics: Metrics) -> None:
+    def __init__(self, store: JobStore, inputs: JobInputs, grace_seconds: float, metrics: Metrics) -> None:
         self._store = store
+        self._inputs = inputs
         self._grace_seconds = grace_seconds
         self._metrics = metrics
         self._live: dict[str, LiveJob] = {}
@@ -87,39 +94,49 @@ class Jobs:
         self._closing = False
         self.on_dequeued: Callable[[], None] = lambda: None
         self._abandoned: set[asyncio.Task[pb.Job]] = set()
+        self._writing: set[asyncio.Task[Any]] = set()
 
     async def restore(self) -> list[LiveJob]:
         """Brings back the jobs that a former server left unfinished, oldest first, all of them queued."""
         restored = []
-        for stored in await self._in_store(self._store.unfinished):
+        unfinished = await self._in_store(self._store.unfinished)
+        await self._in_store(partial(self._inputs.keep_only, [stored.job.job_id for stored in unfinished]))
+        for stored in unfinished:
             transitions = await self._in_store(partial(self._store.events, stored.job.job_id))
             live = LiveJob(stored.job, stored.request_hash, stored.attempts, transitions=transitions)
             live.sequence = transitions[-1].sequence + _SEQUENCE_GAP
             self._live[live.job_id] = live
             self._metrics.job_entered(live.job.state)
-            if live.job.state != pb.JOB_STATE_QUEUED:
-                await self.requeue(live)
+            await self.requeue(live)
             self._left_alone(live)
             restored.append(live)
         return restored
 
-    async def accept(self, job: pb.Job, request_hash: str) -> tuple[LiveJob | None, StoredJob | None]:
-        """Persists a new job.
+    async def accept(
+        self, job: pb.Job, frame: NDArray[np.uint8], request_hash: str
+    ) -> tuple[LiveJob | None, StoredJob | None]:
+        """Persists a new job and its first frame, uint8 [height, width, 3]; also when its caller is cancelled
+        meanwhile.
 
         Returns:
             The live job, or the stored one that already has its request id.
         """
+        return await self._to_the_end(self._accept(job, frame, request_hash))
+
+    async def _accept(
+        self, job: pb.Job, frame: NDArray[np.uint8], request_hash: str
+    ) -> tuple[LiveJob | None, StoredJob | None]:
         live = LiveJob(job, request_hash)
         job.create_time.GetCurrentTime()
         job.state = pb.JOB_STATE_QUEUED
         first = self._event(live)
-        existing = await self._in_store(lambda: self._store.insert(StoredJob(job, request_hash, 0), first))
+        existing = await self._in_store(partial(self._persist, StoredJob(job, request_hash, 0), first, frame))
         if existing is not None:
             return None, existing
         live.transitions.append(first)
         self._live[live.job_id] = live
         self._metrics.job_entered(job.state)
-        self._left_alone(live)
+        self._left_alone(live, at_least=_ATTACH_SECONDS)
         return live, None
 
     def live(self, job_id: str) -> LiveJob | None:
@@ -144,18 +161,19 @@ class Jobs:
         return [live.job if (live := self._live.get(job.job_id)) else job for job in stored]
 
     async def transition(self, live: LiveJob, state: State) -> None:
-        """Moves a job on, stores that, then tells its watchers.
+        """Moves a job on, stores that, then tells its watchers; also when its caller is cancelled meanwhile.
 
         Raises:
             ValueError: the state machine has no such transition.
         """
-        before = live.job
+        before, attempts = live.job, live.attempts
         check_transition(before.state, state)
         job = pb.Job()
         job.CopyFrom(before)
         job.state = state
         if state == pb.JOB_STATE_CONDITIONING:
             job.start_time.GetCurrentTime()
+            job.progress.queue_position = 0
             live.attempts += 1
         if state in FINAL_STATES:
             job.end_time.GetCurrentTime()
@@ -163,14 +181,18 @@ class Jobs:
         # Set before the write, so that nobody else decides from the old state meanwhile.
         live.job = job
         event = self._event(live)
+        await self._to_the_end(self._make_known(live, event, before, attempts))
+
+    async def _make_known(self, live: LiveJob, event: pb.JobEvent, before: pb.Job, attempts: int) -> None:
+        """Stores a transition and makes it known, or puts the job back to `before` and `attempts`."""
         try:
-            await self._in_store(lambda: self._store.record(event, live.attempts))
+            await self._in_store(partial(self._store_transition, event, live.attempts))
         except BaseException:
-            live.job = before
+            live.job, live.attempts = before, attempts
             raise
         live.transitions.append(event)
-        self._metrics.job_moved(before.state, job)
-        log.info("job", job_id=live.job_id, state=state_name(state))
+        self._metrics.job_moved(before.state, live.job)
+        log.info("job", job_id=live.job_id, state=state_name(live.job.state))
         if live.ended:
             self._live.pop(live.job_id, None)
             if live.grace is not None:
@@ -233,7 +255,9 @@ class Jobs:
                 for event in live.events_after(after_sequence):
                     after_sequence = event.sequence
                     yield event
-                if live.ended and live.transitions[-1].sequence <= after_sequence:
+                # The job's own state is ahead of its stored transitions while one is being written.
+                last = live.transitions[-1]
+                if last.job.state in FINAL_STATES and last.sequence <= after_sequence:
                     return
                 if self._closing:
                     raise ShuttingDown("the server is shutting down; the job is kept: Watch it after the restart")
@@ -261,11 +285,11 @@ class Jobs:
         event.time.GetCurrentTime()
         return event
 
-    def _left_alone(self, live: LiveJob) -> None:
+    def _left_alone(self, live: LiveJob, at_least: float = 0.0) -> None:
         """Starts the grace period of an attached job that nobody watches."""
         if live.job.detached or live.watchers or live.ended or live.grace is not None or self._closing:
             return
-        live.grace = asyncio.get_running_loop().call_later(self._grace_seconds, self._abandon, live)
+        live.grace = asyncio.get_running_loop().call_later(max(self._grace_seconds, at_least), self._abandon, live)
 
     def _abandon(self, live: LiveJob) -> None:
         live.grace = None
@@ -274,6 +298,30 @@ class Jobs:
             task = asyncio.ensure_future(self.cancel(live.job_id))
             self._abandoned.add(task)
             task.add_done_callback(self._abandoned.discard)
+
+    async def _to_the_end(self, work: Coroutine[Any, Any, T]) -> T:
+        """A client that vanishes while its call is being stored must not part what is stored from what is known."""
+        task = asyncio.ensure_future(work)
+        self._writing.add(task)
+        task.add_done_callback(self._writing.discard)
+        return await asyncio.shield(task)
+
+    def _persist(self, stored: StoredJob, first: pb.JobEvent, frame: NDArray[np.uint8]) -> StoredJob | None:
+        """The frame before the job: what is accepted can be carried out."""
+        job_id = stored.job.job_id
+        existing: StoredJob | None = stored
+        try:
+            self._inputs.save(job_id, frame)
+            existing = self._store.insert(stored, first)
+        finally:
+            if existing is not None:
+                self._inputs.delete(job_id)
+        return existing
+
+    def _store_transition(self, event: pb.JobEvent, attempts: int) -> None:
+        self._store.record(event, attempts)
+        if event.job.state in FINAL_STATES:
+            self._inputs.delete(event.job.job_id)
 
     async def _in_store(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._writer, work)

@@ -16,7 +16,8 @@ FINAL_STATES: frozenset[State] = frozenset({pb.JOB_STATE_SUCCEEDED, pb.JOB_STATE
 _GIVEN_UP = {pb.JOB_STATE_QUEUED, pb.JOB_STATE_FAILED, pb.JOB_STATE_CANCELLED}
 
 TRANSITIONS: Mapping[State, frozenset[State]] = {
-    pb.JOB_STATE_QUEUED: frozenset({pb.JOB_STATE_CONDITIONING, pb.JOB_STATE_FAILED, pb.JOB_STATE_CANCELLED}),
+    # A waiting job is queued anew by every restart: its event stores how far the sequence numbers have come.
+    pb.JOB_STATE_QUEUED: frozenset({pb.JOB_STATE_CONDITIONING, *_GIVEN_UP}),
     pb.JOB_STATE_CONDITIONING: frozenset({pb.JOB_STATE_DENOISING, *_GIVEN_UP}),
     pb.JOB_STATE_DENOISING: frozenset({pb.JOB_STATE_DECODING, *_GIVEN_UP}),
     pb.JOB_STATE_DECODING: frozenset({pb.JOB_STATE_ENCODING, *_GIVEN_UP}),

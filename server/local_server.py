@@ -45,6 +45,7 @@ def running_server(folder: Path, *options: str) -> Iterator[LocalServer]:
     Raises ServerFailed when it does not get ready, or does not exit with 0 on SIGTERM.
     """
     ready, log = folder / "ready.json", folder / "server.log"
+    ready.unlink(missing_ok=True)  # of a former server on this folder
     command = [sys.executable, "-m", "cinecat.cli", "serve", "--model", "wan-tiny", "--address", "127.0.0.1:0"]
     command += ["--metrics-port", "0", "--data-dir", str(folder / "data"), "--ready-file", str(ready), *options]
     with log.open("wb") as output, subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT) as server:

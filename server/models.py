@@ -39,7 +39,7 @@ def describe_model(info: ModelInfo, settings: Settings) -> models_pb2.Model:
             max_image_bytes=settings.max_image_mib * 2**20,
             max_image_pixels=settings.max_image_megapixels * 10**6,
         ),
-        defaults=_defaults(info),
+        defaults=_defaults(info, settings),
         tokenizations=[clip_pb2.Tokenization.UNIFORM],
     )
 
@@ -55,7 +55,7 @@ def _frames_within(max_tokens: int) -> int:
     return (max(1, max_tokens // 4) - 1) * VAE_TEMPORAL_STRIDE + 1
 
 
-def _defaults(info: ModelInfo) -> clip_pb2.ClipSpec:
+def _defaults(info: ModelInfo, settings: Settings) -> clip_pb2.ClipSpec:
     """Wan's own 480p setting for the real models; the training shape for the tiny one."""
     tiny = info.family == "wan2.1-i2v-tiny"
     return clip_pb2.ClipSpec(
@@ -65,7 +65,7 @@ def _defaults(info: ModelInfo) -> clip_pb2.ClipSpec:
         height=128 if tiny else 480,
         frames=17 if tiny else 81,
         fps=8.0 if tiny else 16.0,
-        steps=8 if tiny else 40,
+        steps=min(8 if tiny else 40, settings.max_steps),
         guidance_scale=3.0 if tiny else 5.0,
         tokenization=clip_pb2.Tokenization(mode=clip_pb2.Tokenization.UNIFORM),
         artifact_formats=[clip_pb2.ARTIFACT_FORMAT_MP4_H264],

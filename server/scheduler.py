@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 from collections import deque
 from collections.abc import Awaitable, Callable
@@ -16,7 +17,6 @@ from cinecat.server.artifacts import ArtifactError
 from cinecat.server.core_process import CoreProcess
 from cinecat.server.costs import Costs
 from cinecat.server.errors import RequestError, ShuttingDown
-from cinecat.server.inputs import JobInputs
 from cinecat.server.jobs import Jobs, LiveJob
 from cinecat.server.metrics import Metrics
 from cinecat.server.models import token_count
@@ -48,7 +48,6 @@ class Scheduler:
         jobs: Jobs,
         renderer: Renderer,
         core: CoreProcess,
-        inputs: JobInputs,
         model: models_pb2.Model,
         max_queue: int,
         metrics: Metrics,
@@ -59,7 +58,6 @@ class Scheduler:
         self._jobs = jobs
         self._renderer = renderer
         self._core = core
-        self._inputs = inputs
         self._model = model
         self._max_queue = max_queue
         self._metrics = metrics
@@ -69,7 +67,7 @@ class Scheduler:
         self._arrival = asyncio.Event()
         self._running: LiveJob | None = None
         self._finishing: set[asyncio.Task[None]] = set()
-        self._draining = False
+        self._drain = asyncio.Event()
         jobs.on_dequeued = self._tell_positions
 
     def admit(self) -> None:
@@ -78,7 +76,7 @@ class Scheduler:
         Raises:
             ShuttingDown, RequestError: it may not.
         """
-        if self._draining:
+        if self._drain.is_set():
             raise ShuttingDown("the server is shutting down; try again in a moment")
         if len(self._waiting()) >= self._max_queue:
             message = f"{self._max_queue} jobs are waiting, which is all that may; try again later"
@@ -91,7 +89,7 @@ class Scheduler:
 
     async def run(self) -> None:
         """Works until `drain`."""
-        while not self._draining:
+        while not self._drain.is_set():
             live = self._next()
             if live is None:
                 await self._idle()
@@ -108,7 +106,7 @@ class Scheduler:
 
     async def drain(self, worker: asyncio.Task[None], seconds: float, hurry: asyncio.Event) -> None:
         """Starts no further job, gives the running one this long or until `hurry`, then puts it back into the queue."""
-        self._draining = True
+        self._drain.set()
         self._arrival.set()
         hurrying = asyncio.create_task(hurry.wait())
         await asyncio.wait([worker, hurrying], timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
@@ -127,7 +125,7 @@ class Scheduler:
         await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         for wait in waits:
             wait.cancel()
-        if self._core.died.is_set() and not self._draining:
+        if self._core.died.is_set() and not self._drain.is_set():
             log.error("engine core died while idle")
             await self._restart_core()
 
@@ -140,7 +138,7 @@ class Scheduler:
         try:
             result = await work
         except Stopped:
-            await self._jobs.transition(live, pb.JOB_STATE_CANCELLED)
+            await self._stored(live, self._jobs.transition(live, pb.JOB_STATE_CANCELLED))
         except CoreDied as error:
             await self._after_death(live, error)
         except Exception as error:
@@ -148,28 +146,31 @@ class Scheduler:
             if code is grpc.StatusCode.INTERNAL:
                 log.error("job failed", job_id=live.job_id, exc_info=error)
             await self._fail(live, code, f"{error}" or type(error).__name__)
-        if live.ended:
-            await asyncio.to_thread(self._inputs.delete, live.job_id)
         return result
 
     async def _fail(self, live: LiveJob, code: grpc.StatusCode, message: str) -> None:
+        await self._stored(live, self._jobs.fail(live, code.value[0], message))
+
+    async def _stored(self, live: LiveJob, transition: Awaitable[None]) -> bool:
         try:
-            await self._jobs.fail(live, code.value[0], message)
+            await transition
         except Exception as error:
             # Without its database the server can keep no promise about this job; the next restart finds it unfinished.
-            log.error("the end of a job could not be stored", job_id=live.job_id, exc_info=error)
+            log.error("a transition could not be stored", job_id=live.job_id, exc_info=error)
+            return False
+        return True
 
     async def _after_death(self, live: LiveJob, error: CoreDied) -> None:
         log.error("engine core died", job_id=live.job_id, attempt=live.attempts, error=f"{error}")
-        if self._draining:
+        if self._drain.is_set():
             live.attempts -= 1  # it was the server that stopped
-            await self._jobs.requeue(live)
+            await self._stored(live, self._jobs.requeue(live))
             return
         if live.stop_requested:
-            await self._jobs.transition(live, pb.JOB_STATE_CANCELLED)
+            await self._stored(live, self._jobs.transition(live, pb.JOB_STATE_CANCELLED))
         elif live.attempts < MAX_ATTEMPTS:
-            await self._jobs.requeue(live)
-            self._queue.appendleft(live)
+            if await self._stored(live, self._jobs.requeue(live)):
+                self._queue.appendleft(live)
         else:
             await self._fail(live, grpc.StatusCode.UNAVAILABLE, f"{error}, for the second time on this job")
         await self._restart_core()
@@ -177,9 +178,11 @@ class Scheduler:
     async def _restart_core(self) -> None:
         await self._on_core_state(False)
         for attempt in itertools.count():
-            if self._draining:
+            pause = _RESTART_PAUSES_S[min(attempt, len(_RESTART_PAUSES_S) - 1)]
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._drain.wait(), pause)
+            if self._drain.is_set():
                 return
-            await asyncio.sleep(_RESTART_PAUSES_S[min(attempt, len(_RESTART_PAUSES_S) - 1)])
             try:
                 await self._core.restart()
             except (CoreDied, ModelError) as error:

@@ -58,7 +58,9 @@ class Settings(BaseModel):
     styles_dirs: tuple[Path, ...] = Field((), description="folders of styles beside the bundled ones, ':' between them")
 
     max_queue: int = Field(1000, ge=1, description="jobs that may wait")
-    max_tokens: int = Field(0, ge=0, description="tokens of one clip; 0 is 20480 on a CPU and 680400 (4K) on a GPU")
+    max_tokens: int = Field(
+        0, ge=0, le=2**31 - 1, description="tokens of one clip; 0 is 20480 on a CPU and 680400 (4K) on a GPU"
+    )
     max_steps: int = Field(200, ge=1, le=10_000, description="denoising steps of one clip")
     max_image_mib: int = Field(32, ge=1, le=512, description="size of an uploaded image file")
     max_image_megapixels: int = Field(100, ge=1, le=1000, description="pixels of an uploaded image")

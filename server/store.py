@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import ForeignKey, Index, create_engine, event, func, select, tuple_
+from sqlalchemy import URL, ForeignKey, Index, create_engine, event, select, tuple_
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
 
@@ -68,7 +68,7 @@ class JobStore:
     def __init__(self, path: Path) -> None:
         """Opens or creates the database file. Raises OSError or SQLAlchemyError when that cannot be done."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._engine = create_engine(f"sqlite:///{path}")
+        self._engine = create_engine(URL.create("sqlite", database=str(path)))
         event.listen(self._engine, "connect", _configure)
         _Base.metadata.create_all(self._engine)
         self._session = sessionmaker(self._engine, expire_on_commit=False)
@@ -145,11 +145,6 @@ class JobStore:
         query = select(_JobRow).where(_JobRow.state.not_in(FINAL_STATES)).order_by(_JobRow.created_us, _JobRow.job_id)
         with self._session() as session:
             return [_from_row(row) for row in session.scalars(query)]
-
-    def counts(self) -> dict[int, int]:
-        """Jobs by state."""
-        with self._session() as session:
-            return dict(session.execute(select(_JobRow.state, func.count()).group_by(_JobRow.state)).tuples())
 
 
 def _configure(connection: Any, _record: object) -> None:

@@ -85,11 +85,11 @@ def _prompts(clip: clip_pb2.ClipSpec, limits: models_pb2.ModelLimits) -> list[Vi
 
 def _size(clip: clip_pb2.ClipSpec, resolved: clip_pb2.ClipSpec, model: models_pb2.Model) -> list[Violation]:
     limits = model.limits
+    violations = []
     if clip.HasField("width") != clip.HasField("height"):
         unset = "height" if clip.HasField("width") else "width"
-        return [Violation(f"clip.{unset}", "must be set when the other side is")]
-    violations = []
-    if clip.HasField("width"):
+        violations.append(Violation(f"clip.{unset}", "must be set when the other side is"))
+    elif clip.HasField("width"):
         resolved.width, resolved.height = clip.width, clip.height
         for field, pixels in (("width", clip.width), ("height", clip.height)):
             if not limits.min_size <= pixels <= limits.max_size or pixels % limits.size_multiple:
@@ -123,7 +123,7 @@ def _allowed_sizes(pixels: int, limits: models_pb2.ModelLimits) -> str:
 
 
 def _near_frames(frames: int, limits: models_pb2.ModelLimits) -> str:
-    near = min(max((frames - 1) // 4 * 4 + 1, 1), limits.max_frames)
+    near = min(max((frames + 1) // 4 * 4 + 1, 1), limits.max_frames)
     return f"; nearest: {near}"
 
 
@@ -168,9 +168,10 @@ def _choices(clip: clip_pb2.ClipSpec, resolved: clip_pb2.ClipSpec, model: models
         violations.append(Violation(f"clip.tokenization.{budget}", "must be unset unless mode is CAT"))
     if clip.artifact_formats:
         del resolved.artifact_formats[:]
-        resolved.artifact_formats.extend(dict.fromkeys(clip.artifact_formats))
+        formats = (value or clip_pb2.ARTIFACT_FORMAT_MP4_H264 for value in clip.artifact_formats)
+        resolved.artifact_formats.extend(dict.fromkeys(formats))
         for index, value in enumerate(clip.artifact_formats):
-            if value not in (clip_pb2.ARTIFACT_FORMAT_MP4_H264, clip_pb2.ARTIFACT_FORMAT_FRAMES_F32):
+            if value not in clip_pb2.ArtifactFormat.values():
                 violations.append(_unknown_enum(f"clip.artifact_formats[{index}]", value, clip_pb2.ArtifactFormat))
     return violations
 

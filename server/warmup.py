@@ -48,11 +48,10 @@ async def warm_up(core: CoreProcess, model: models_pb2.Model, catalogue: StyleCa
         metrics = Metrics(CollectorRegistry())
         inputs = JobInputs(folder / "inputs")
         artifacts = ArtifactStore(str(folder / "artifacts"))
-        jobs = Jobs(JobStore(folder / "jobs.sqlite"), 0.0, metrics)
+        jobs = Jobs(JobStore(folder / "jobs.sqlite"), inputs, 0.0, metrics)
         renderer = Renderer(core, model.engine, jobs, catalogue, inputs, artifacts, metrics, Costs())
         job = job_pb2.Job(job_id=uuid.uuid4().hex, clip=clip, detached=True)
-        inputs.save(job.job_id, np.full((clip.height, clip.width, 3), 127, dtype=np.uint8))
-        live, _ = await jobs.accept(job, "")
+        live, _ = await jobs.accept(job, np.full((clip.height, clip.width, 3), 127, dtype=np.uint8), "")
         assert live is not None
         try:
             rendered = await renderer.render(live)

@@ -14,6 +14,11 @@ from grpc_status import rpc_status
 from cinecat.server.errors import RequestError
 from cinecat.server.metrics import Metrics
 
+# A gRPC client refuses trailers above 8 KiB. The message goes into them twice, once percent-encoded, once with the
+# details in base64.
+_MAX_MESSAGE_BYTES = 800
+_MAX_DETAILS_BYTES = 3000
+
 log = structlog.get_logger(__name__)
 
 
@@ -77,13 +82,21 @@ class ErrorInterceptor(_Interceptor):
 
 
 def to_proto(error: RequestError) -> status_pb2.Status:
-    """google.rpc.Status, with a BadRequest when fields are to blame."""
-    status = status_pb2.Status(code=error.code.value[0], message=error.message)
+    """google.rpc.Status, with a BadRequest when fields are to blame: the first of them where they are very many."""
+    status = status_pb2.Status(code=error.code.value[0], message=_cut(error.message, _MAX_MESSAGE_BYTES))
     if error.violations:
         details = error_details_pb2.BadRequest()
         for violation in error.violations:
-            details.field_violations.add(field=violation.field, description=violation.description)
+            room = _MAX_DETAILS_BYTES - details.ByteSize() - len(violation.field.encode())
+            if room <= 0:
+                break
+            details.field_violations.add(field=violation.field, description=_cut(violation.description, room))
         packed = AnyMessage()
         packed.Pack(details)
         status.details.append(packed)
     return status
+
+
+def _cut(text: str, size: int) -> str:
+    encoded = text.encode()
+    return text if len(encoded) <= size else encoded[: max(0, size - 3)].decode(errors="ignore") + "…"

@@ -9,10 +9,11 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Any, TypeAlias
 
 import grpc
+import numpy as np
+from numpy.typing import NDArray
 
 from cinecat.server.artifacts import ArtifactError, ArtifactNotFoundError, ArtifactStore
 from cinecat.server.errors import RequestError, Violation, invalid
-from cinecat.server.inputs import JobInputs
 from cinecat.server.jobs import Jobs
 from cinecat.server.lifecycle import state_name
 from cinecat.server.scheduler import Scheduler
@@ -35,14 +36,12 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
         scheduler: Scheduler,
         model: models_pb2.Model,
         catalogue: StyleCatalogue,
-        inputs: JobInputs,
         artifacts: ArtifactStore,
     ) -> None:
         self._jobs = jobs
         self._scheduler = scheduler
         self._model = model
         self._catalogue = catalogue
-        self._inputs = inputs
         self._artifacts = artifacts
 
     async def Generate(  # noqa: N802
@@ -131,11 +130,13 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
             progress=job_pb2.JobProgress(total_steps=acceptable.clip.steps, total_frames=acceptable.clip.frames),
             notes=acceptable.notes,
         )
-        await asyncio.to_thread(self._inputs.save, job.job_id, acceptable.frame)
-        live, existing = await self._jobs.accept(job, request_hash)
+        # A client that vanishes from here on leaves a job that is stored and queued, or none.
+        return await asyncio.shield(asyncio.ensure_future(self._enqueue(job, request_hash, acceptable.frame)))
+
+    async def _enqueue(self, job: job_pb2.Job, request_hash: str, frame: NDArray[np.uint8]) -> job_pb2.Job:
+        live, existing = await self._jobs.accept(job, frame, request_hash)
         if live is None:
             assert existing is not None
-            await asyncio.to_thread(self._inputs.delete, job.job_id)
             return _same_request(existing.job, existing.request_hash == request_hash)
         self._scheduler.enqueue(live)
         return live.job

@@ -19,7 +19,10 @@ ServerFactory = Callable[..., AbstractContextManager[LocalServer]]
 @pytest.fixture(scope="session")
 def start_server(model_cache: Path) -> ServerFactory:
     """`with start_server(folder, "--grace-seconds", "1") as server:`."""
-    return lambda folder, *options: running_server(folder, "--model-cache", str(model_cache), *options)
+    # One thread: the clips are tiny, and two engine cores that share two CPUs spin at each other's barriers.
+    return lambda folder, *options: running_server(
+        folder, "--model-cache", str(model_cache), "--threads", "1", *options
+    )
 
 
 @pytest.fixture(scope="session")
