@@ -7,6 +7,7 @@ latest of them is kept, so a slow watcher skips progress but never a transition.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -321,7 +322,9 @@ class Jobs:
     def _store_transition(self, event: pb.JobEvent, attempts: int) -> None:
         self._store.record(event, attempts)
         if event.job.state in FINAL_STATES:
-            self._inputs.delete(event.job.job_id)
+            # The transition is stored by now; the next start removes a frame that is left.
+            with contextlib.suppress(OSError):
+                self._inputs.delete(event.job.job_id)
 
     async def _in_store(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._writer, work)

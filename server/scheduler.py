@@ -162,12 +162,11 @@ class Scheduler:
 
     async def _after_death(self, live: LiveJob, error: CoreDied) -> None:
         log.error("engine core died", job_id=live.job_id, attempt=live.attempts, error=f"{error}")
-        if self._drain.is_set():
-            live.attempts -= 1  # it was the server that stopped
-            await self._stored(live, self._jobs.requeue(live))
-            return
         if live.stop_requested:
             await self._stored(live, self._jobs.transition(live, pb.JOB_STATE_CANCELLED))
+        elif self._drain.is_set():
+            live.attempts -= 1  # it was the server that stopped
+            await self._stored(live, self._jobs.requeue(live))
         elif live.attempts < MAX_ATTEMPTS:
             if await self._stored(live, self._jobs.requeue(live)):
                 self._queue.appendleft(live)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,9 @@ ENVIRONMENT_PREFIX = "CINECAT_"
 
 # Read by the client and by the command line, so no settings of the server.
 _OTHER_VARIABLES = frozenset({"CINECAT_SERVER", "CINECAT_CONFIG"})
+
+# Set by Kubernetes in every pod beside a Service named cinecat.
+_SERVICE_LINKS = re.compile(r"CINECAT_(PORT|SERVICE)(_.*)?")
 
 
 class SettingsError(ValueError):
@@ -137,7 +141,7 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, tuple[str, ob
     return {
         name: (name.removeprefix(ENVIRONMENT_PREFIX).lower(), value)
         for name, value in environment.items()
-        if name.startswith(ENVIRONMENT_PREFIX) and name not in _OTHER_VARIABLES
+        if name.startswith(ENVIRONMENT_PREFIX) and name not in _OTHER_VARIABLES and not _SERVICE_LINKS.fullmatch(name)
     }
 
 

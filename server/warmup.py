@@ -43,7 +43,10 @@ async def warm_up(core: CoreProcess, model: models_pb2.Model, catalogue: StyleCa
     style = next((style for style in catalogue.styles() if not catalogue.incompatibility(style)), None)
     if style is not None:
         clip.styles.add(name=style.manifest.name, version=style.manifest.version, strength=1.0)
-    with tempfile.TemporaryDirectory(prefix="cinecat-warmup-") as scratch:
+    with (
+        tempfile.TemporaryDirectory(prefix="cinecat-warmup-") as scratch,
+        structlog.contextvars.bound_contextvars(warm_up=True),
+    ):
         folder = Path(scratch)
         metrics = Metrics(CollectorRegistry())
         inputs = JobInputs(folder / "inputs")

@@ -44,7 +44,7 @@ def until(stream: object, state: int) -> pb.JobEvent:
 
 @pytest.fixture
 def long_clip(small_clip: clip_pb2.ClipSpec) -> clip_pb2.ClipSpec:
-    small_clip.steps = 60
+    small_clip.steps, small_clip.guidance_scale = 100, 1.0
     return small_clip
 
 
@@ -93,7 +93,6 @@ def test_an_idle_core_that_dies_is_replaced_before_the_next_request(
 def test_sigterm_keeps_what_it_cannot_finish_for_the_next_start(
     start_server: object, tmp_path: Path, long_clip: clip_pb2.ClipSpec
 ) -> None:
-    long_clip.steps = 200
     with (
         start_server(tmp_path, "--drain-seconds", "0.2") as server,  # type: ignore[operator]
         grpc.insecure_channel(server.address) as channel,
@@ -133,7 +132,6 @@ def test_sigterm_lets_the_running_job_finish(
 def test_a_killed_server_takes_its_core_along_and_loses_no_job(
     start_server: object, tmp_path: Path, long_clip: clip_pb2.ClipSpec
 ) -> None:
-    long_clip.steps = 200
     with contextlib.suppress(ServerFailed), start_server(tmp_path) as server:  # type: ignore[operator]
         generation = Stub(grpc.insecure_channel(server.address))
         job = generation.Submit(generation_pb2.SubmitRequest(clip=long_clip, request_id="once"))

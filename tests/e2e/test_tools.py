@@ -53,7 +53,7 @@ def test_metrics_have_jobs_stages_steps_and_queue_and_no_warm_up(
             with urllib.request.urlopen(f"http://127.0.0.1:{server.metrics_port}/metrics") as answer:
                 families = text_string_to_metric_families(answer.read().decode())
             return {
-                (sample.name, ",".join(sample.labels.values())): sample.value
+                (sample.name, sample.labels.get("stage") or ",".join(sample.labels.values())): sample.value
                 for family in families
                 for sample in family.samples
             }
@@ -65,7 +65,7 @@ def test_metrics_have_jobs_stages_steps_and_queue_and_no_warm_up(
     assert after["cinecat_jobs_ended_total", "succeeded"] == 1
     assert after["cinecat_step_seconds_count", "uniform"] == 3
     assert after["cinecat_queue_depth", ""] == 0
-    stages = {labels.partition(",")[0] for name, labels in after if name == "cinecat_stage_seconds_count"}
+    stages = {label for name, label in after if name == "cinecat_stage_seconds_count"}
     assert {"queue", "text_encode", "image_encode", "vae_encode", "denoise", "vae_decode", "mux"} <= stages
 
 

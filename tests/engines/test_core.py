@@ -1,0 +1,136 @@
+"""Requests as small states: their order, their independence, and their equality with the reference modules."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from cinecat.engines import stages
+from cinecat.engines.core import EngineCore
+from cinecat.engines.errors import EngineError
+from cinecat.engines.messages import CoreConfig, Shot
+from cinecat.engines.model import WanModel
+
+SHOT = Shot(
+    job_id="a",
+    image=np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8),
+    prompt="a cat",
+    negative_prompt="blurry",
+    frames=9,
+    steps=3,
+    guidance_scale=4.0,
+    seed=5,
+    styles=(),
+)
+
+
+@pytest.fixture(scope="module")
+def core(config: CoreConfig) -> EngineCore:
+    return EngineCore(config)
+
+
+@pytest.fixture
+def model(core: EngineCore) -> WanModel:
+    return core._model
+
+
+def finish(core: EngineCore, job_id: str) -> Tensor:
+    chunks: list[Tensor] = []
+    decoded = core.decode(job_id, chunks.append)
+    while decoded.first + decoded.count < decoded.total:
+        decoded = core.decode(job_id, chunks.append)
+    core.release(job_id)
+    return torch.cat(chunks)
+
+
+def render(core: EngineCore, shot: Shot) -> Tensor:
+    core.condition(shot)
+    for _ in range(shot.steps):
+        core.step(shot.job_id)
+    return finish(core, shot.job_id)
+
+
+def test_requests_that_take_turns_get_what_they_would_get_alone(core: EngineCore) -> None:
+    shots = [SHOT, replace(SHOT, job_id="b", seed=6, guidance_scale=1.0), replace(SHOT, job_id="c", prompt="a dog")]
+    alone = [render(core, shot) for shot in shots]
+    for shot in shots:
+        core.condition(shot)
+    for _ in range(SHOT.steps):
+        for shot in shots:
+            core.step(shot.job_id)
+    together = [finish(core, shot.job_id) for shot in shots]
+    for expected, got in zip(alone, together, strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    assert not torch.equal(alone[0], alone[1])
+
+
+def test_frames_come_as_one_then_four_at_a_time(core: EngineCore) -> None:
+    core.condition(SHOT)
+    for _ in range(SHOT.steps):
+        core.step("a")
+    chunks: list[Tensor] = []
+    answers = [core.decode("a", chunks.append) for _ in range(3)]
+    assert [(answer.first, answer.count, answer.total) for answer in answers] == [(0, 1, 9), (1, 4, 9), (5, 4, 9)]
+    assert [tuple(chunk.shape) for chunk in chunks] == [(1, 32, 48, 3), (4, 32, 48, 3), (4, 32, 48, 3)]
+    with pytest.raises(EngineError, match="decoded all its 9 frames"):
+        core.decode("a", chunks.append)
+
+
+def test_calls_out_of_order_are_refused_and_do_no_harm(core: EngineCore) -> None:
+    with pytest.raises(EngineError, match="not in the engine core"):
+        core.step("nobody")
+    core.condition(SHOT)
+    with pytest.raises(EngineError, match="3 steps left"):
+        core.decode("a", lambda frames: None)
+    for _ in range(3):
+        core.step("a")
+    with pytest.raises(EngineError, match="done all its 3 steps"):
+        core.step("a")
+    core.release("a")
+    core.release("a")
+    with pytest.raises(EngineError, match="not in the engine core"):
+        core.step("a")
+
+
+def test_known_prompts_images_and_conditions_are_not_encoded_again(core: EngineCore) -> None:
+    shot = replace(SHOT, prompt="only here", image=SHOT.image[::-1].copy())
+
+    def cached(shot: Shot) -> dict[str, bool]:
+        return {timing.stage: timing.cached for timing in core.condition(shot).timings}
+
+    assert cached(shot) == {"text_encode": False, "image_encode": False, "vae_encode": False}
+    assert cached(shot) == {"text_encode": True, "image_encode": True, "vae_encode": True}
+    assert cached(replace(shot, frames=5)) == {"text_encode": True, "image_encode": True, "vae_encode": False}
+    assert cached(replace(shot, prompt="new"))["text_encode"] is False
+    core.release("a")
+
+
+def test_a_prompt_that_the_text_encoder_cannot_read_whole_is_noted(core: EngineCore) -> None:
+    assert core.condition(SHOT).notes == ()
+    assert "cut after 512 tokens" in core.condition(replace(SHOT, prompt="cat " * 600)).notes[0]
+    core.release("a")
+
+
+@torch.inference_mode()
+def test_the_chunked_condition_equals_the_whole_video_through_the_vae(model: WanModel) -> None:
+    ours = stages.encode_condition(model, SHOT.image, 9)
+    image = torch.from_numpy(SHOT.image).permute(2, 0, 1)[None, :, None] / 255.0 * 2 - 1
+    video = torch.cat([image, image.new_zeros(1, 3, 8, 32, 48)], dim=2)
+    theirs = model.vae.encode(video).latent_dist.mode()
+    torch.testing.assert_close(ours[:, 4:], theirs, rtol=1e-5, atol=1e-5)
+    assert ours[:, :4, 0].eq(1).all()
+    assert ours[:, :4, 1:].eq(0).all()
+
+
+@torch.inference_mode()
+def test_streamed_decoding_equals_decoding_at_once_also_for_two_clips_in_turn(model: WanModel) -> None:
+    latents = [stages.starting_noise(seed, (1, 16, 3, 4, 6), torch.device("cpu")) for seed in (1, 2)]
+    decoders = [stages.ClipDecoder.start(model, latent) for latent in latents]
+    streamed = [[decoder.next_frames() for decoder in decoders] for _ in range(3)]
+    for index, latent in enumerate(latents):
+        whole = (model.vae.decode(latent, return_dict=False)[0] / 2 + 0.5).clamp(0, 1)[0].permute(1, 2, 3, 0)
+        torch.testing.assert_close(torch.cat([chunk[index] for chunk in streamed]), whole, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,177 @@
+"""The front's end of the engine core, with a stub in a process of its own; and the frames that they share."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from dataclasses import replace
+from multiprocessing.shared_memory import SharedMemory
+
+import numpy as np
+import pytest
+from prometheus_client import CollectorRegistry
+
+from cinecat.engines.errors import CoreDied, EngineError, EngineFault, ModelError, OutOfMemory
+from cinecat.engines.messages import CoreConfig, Decoded, Release, Released, Step, Stepped
+from cinecat.server import core_process
+from cinecat.server.core_process import CoreProcess, FrameBuffer
+from cinecat.server.metrics import Metrics
+from tests.server import stub_core
+
+CONFIG = CoreConfig(
+    model="stub", model_cache="", device="cpu", dtype="float32", threads=1, style_slots=1, max_rank=8, cache_bytes=0
+)
+
+
+@pytest.fixture
+def stub(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(core_process, "run_core", stub_core.run)
+
+
+def new_core(config: CoreConfig = CONFIG) -> CoreProcess:
+    return CoreProcess(config, Metrics(CollectorRegistry()))
+
+
+def gone(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+@pytest.mark.usefixtures("stub")
+def test_a_model_that_cannot_be_served_is_refused_in_the_cores_words() -> None:
+    async def scenario() -> None:
+        core = new_core(replace(CONFIG, model="is incomplete"))
+        with pytest.raises(ModelError, match=r"transformer/config\.json is missing"):
+            await core.start()
+        await asyncio.wait_for(core.died.wait(), 30)
+        await core.stop()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.usefixtures("stub")
+def test_calls_are_answered_and_failures_told_apart() -> None:
+    async def scenario() -> None:
+        core = new_core()
+        assert await core.start() == stub_core.INFO
+        try:
+            assert await core.call(Step("steps"), Stepped) == Stepped(1, 2, 0.5)
+            with pytest.raises(EngineError, match="all steps are done"):
+                await core.call(Step("refuses"), Stepped)
+            with pytest.raises(OutOfMemory, match="out of memory"):
+                await core.call(Step("has no memory"), Stepped)
+            with pytest.raises(EngineFault, match="RuntimeError: no"):
+                await core.call(Step("breaks"), Stepped)
+            with pytest.raises(EngineFault, match="answered Released where Stepped was due"):
+                await core.call(Step("answers wrongly"), Stepped)
+            assert await core.call(Release("any"), Released) == Released()
+            assert not core.died.is_set()
+        finally:
+            await core.stop()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.usefixtures("stub")
+def test_a_core_that_is_killed_within_a_call_is_told_with_its_exit_code_and_can_be_replaced() -> None:
+    async def scenario() -> None:
+        core = new_core()
+        await core.start()
+        try:
+            first, died = core.pid, core.died
+            assert first is not None
+            calling = asyncio.create_task(core.call(Step("hangs"), Stepped))
+            await asyncio.sleep(0.01)
+            os.kill(first, signal.SIGKILL)
+            with pytest.raises(CoreDied, match=rf"\(pid {first}\) died with exit code -9"):
+                await calling
+            await asyncio.wait_for(died.wait(), 30)
+            with pytest.raises(CoreDied):
+                await core.call(Step("steps"), Stepped)
+            await core.restart()
+            assert core.pid != first
+            assert not core.died.is_set()
+            assert await core.call(Step("steps"), Stepped)
+        finally:
+            await core.stop()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.usefixtures("stub")
+def test_a_core_that_leaves_by_itself_is_noticed_without_a_call() -> None:
+    async def scenario() -> None:
+        core = new_core()
+        await core.start()
+        try:
+            with pytest.raises(CoreDied, match="exit code 3"):
+                await core.call(Step("exits"), Stepped)
+            await asyncio.wait_for(core.died.wait(), 30)
+        finally:
+            await core.stop()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.usefixtures("stub")
+def test_a_core_that_dies_while_it_loads_is_told() -> None:
+    async def scenario() -> None:
+        core = new_core(replace(CONFIG, model="dies while loading"))
+        with pytest.raises(CoreDied, match="exit code 7"):
+            await core.start()
+        await core.stop()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.usefixtures("stub")
+@pytest.mark.parametrize("busy", [False, True])
+def test_stopping_leaves_no_process_behind(monkeypatch: pytest.MonkeyPatch, busy: bool) -> None:
+    monkeypatch.setattr(core_process, "_STOP_SECONDS", 0.05 if busy else 30.0)
+
+    async def scenario() -> None:
+        core = new_core()
+        await core.start()
+        pid = core.pid
+        assert pid is not None
+        calls = [asyncio.create_task(core.call(Step("hangs"), Stepped)) for _ in range(busy)]
+        await asyncio.sleep(0.01)
+        await core.stop()
+        assert gone(pid)
+        for call in calls:
+            with pytest.raises(CoreDied):
+                await call
+
+    asyncio.run(scenario())
+
+
+def test_a_core_that_was_never_started_cannot_be_called() -> None:
+    with pytest.raises(CoreDied, match="not running"):
+        asyncio.run(new_core().call(Release("any"), Released))
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "float32"])
+def test_frames_are_copied_out_of_the_shared_memory(dtype: str) -> None:
+    with FrameBuffer(2, 3, 4, dtype) as buffer:  # type: ignore[arg-type]
+        other_side = SharedMemory(name=buffer.name)
+        written = np.ndarray((4, 2, 3, 3), dtype, buffer=other_side.buf)
+        written[:] = np.arange(72).reshape(4, 2, 3, 3)
+        frames = buffer.frames(Decoded(first=1, count=3, total=5, seconds=0.0))
+        written[:] = 0
+        del written
+        other_side.close()
+    assert frames.dtype == dtype
+    np.testing.assert_array_equal(frames, np.arange(54).reshape(3, 2, 3, 3))
+
+
+def test_shared_memory_is_given_back_even_after_an_error() -> None:
+    buffer = FrameBuffer(2, 2, 4, "uint8")
+    name = buffer.name
+    with pytest.raises(RuntimeError, match="torn"), buffer:
+        raise RuntimeError("torn")
+    with pytest.raises(FileNotFoundError):
+        SharedMemory(name=name)

@@ -1,0 +1,169 @@
+"""Settings come from flags over environment over a TOML file; what cannot be used is named with its origin."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from cinecat.server.commands import serve
+from cinecat.server.settings import Settings, SettingsError, load_settings
+
+# A value other than the default for every setting, as a person would type it.
+TYPED = {
+    "address": "0.0.0.0:50052",
+    "metrics_host": "0.0.0.0",
+    "metrics_port": "9465",
+    "ready_file": "ready.json",
+    "model": "Wan-AI/some-model",
+    "device": "cuda:1",
+    "dtype": "bfloat16",
+    "threads": "3",
+    "style_slots": "4",
+    "max_rank": "64",
+    "cache_mib": "7",
+    "data_dir": "data",
+    "artifact_url": "memory://clips",
+    "model_cache": "models",
+    "styles_dirs": "styles",
+    "max_queue": "5",
+    "max_tokens": "2000",
+    "max_steps": "50",
+    "max_image_mib": "8",
+    "max_image_megapixels": "12",
+    "grace_seconds": "1.5",
+    "drain_seconds": "2.5",
+    "log_format": "json",
+    "log_level": "debug",
+}
+PRINTED = {name: value for name, value in TYPED.items() if name != "styles_dirs"}
+
+
+@pytest.fixture
+def toml(tmp_path: Path) -> Path:
+    path = tmp_path / "cinecat.toml"
+    path.write_text('max_steps = 11\nmax_queue = 11\nmax_rank = 11\nstyles_dirs = ["/a", "/b"]\n')
+    return path
+
+
+@pytest.fixture
+def bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("CINECAT_")]:
+        monkeypatch.delenv(name)
+
+
+def refusal(
+    flags: dict[str, object] | None = None, environment: dict[str, str] | None = None, file: Path | None = None
+) -> str:
+    with pytest.raises(SettingsError) as refused:
+        load_settings(flags or {}, environment or {}, file)
+    return f"{refused.value}"
+
+
+def test_flags_win_over_environment_and_environment_over_the_file(toml: Path) -> None:
+    environment = {"CINECAT_MAX_STEPS": "22", "CINECAT_MAX_QUEUE": "22", "HOME": "/nowhere"}
+    settings = load_settings({"max_steps": "33"}, environment, toml)
+    assert (settings.max_steps, settings.max_queue, settings.max_rank) == (33, 22, 11)
+
+
+def test_what_nobody_sets_has_its_default() -> None:
+    assert load_settings({}, {}) == Settings()
+
+
+def test_an_unknown_flag_is_named_with_its_near_miss() -> None:
+    assert refusal(flags={"max_step": "5"}) == "--max-step: unknown setting; did you mean max_steps?"
+
+
+def test_an_unknown_variable_is_named_with_its_near_miss() -> None:
+    assert refusal(environment={"CINECAT_METRIC_PORT": "5"}) == (
+        "CINECAT_METRIC_PORT: unknown setting; did you mean metrics_port?"
+    )
+
+
+def test_an_unknown_key_of_the_file_is_named_with_its_near_miss(tmp_path: Path) -> None:
+    file = tmp_path / "cinecat.toml"
+    file.write_text("gracesecond = 5")
+    assert refusal(file=file) == f"gracesecond in {file}: unknown setting; did you mean grace_seconds?"
+
+
+def test_an_unknown_key_like_no_other_lists_those_there_are() -> None:
+    assert "settings are address, metrics_host" in refusal(flags={"zzz": "5"})
+
+
+def test_the_variables_of_the_client_are_no_settings() -> None:
+    assert load_settings({}, {"CINECAT_SERVER": "a:1", "CINECAT_CONFIG": "c.toml"}) == Settings()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_steps", "0"),
+        ("max_steps", "many"),
+        ("max_tokens", "2147483648"),
+        ("metrics_port", "65536"),
+        ("grace_seconds", "nan"),
+        ("grace_seconds", "inf"),
+        ("dtype", "int8"),
+        ("address", "50051"),
+        ("address", "localhost:99999"),
+    ],
+)
+def test_a_bad_value_is_refused_with_its_origin_and_itself(name: str, value: str) -> None:
+    message = refusal(environment={f"CINECAT_{name.upper()}": value})
+    assert message.startswith(f"CINECAT_{name.upper()}: ")
+    assert message.endswith(f"got {value!r}")
+
+
+def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
+    file = tmp_path / "cinecat.toml"
+    file.write_text("max_queue = -1")
+    message = refusal({"max_steps": "0"}, {"CINECAT_THREADS": "x"}, file)
+    assert sorted(line.partition(":")[0] for line in message.splitlines()) == [
+        "--max-steps",
+        "CINECAT_THREADS",
+        f"max_queue in {file}",
+    ]
+
+
+@pytest.mark.parametrize("content", ["max_steps =", "max_steps = 1\nmax_steps = 2", "\x00"])
+def test_a_file_that_is_no_toml_is_refused_by_name(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "cinecat.toml"
+    file.write_text(content)
+    assert refusal(file=file).startswith(f"{file}: cannot be read as TOML")
+
+
+def test_a_file_that_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
+    assert refusal(file=tmp_path / "no.toml").startswith(f"{tmp_path / 'no.toml'}: cannot be read")
+
+
+def test_styles_folders_are_split_like_a_search_path(toml: Path) -> None:
+    folders = (Path("/a"), Path("/b"))
+    assert load_settings({}, {"CINECAT_STYLES_DIRS": "/a::/b:"}).styles_dirs == folders
+    assert load_settings({}, {}, toml).styles_dirs == folders
+    assert load_settings({}, {}).styles_dirs == ()
+
+
+@pytest.mark.usefixtures("bare_environment")
+def test_every_setting_is_a_flag_of_serve() -> None:
+    assert TYPED.keys() == Settings.model_fields.keys()
+    app = typer.Typer()
+    app.command()(serve)
+    flags = [part for name, value in TYPED.items() for part in (f"--{name.replace('_', '-')}", value)]
+    result = CliRunner().invoke(app, ["--print-config", *flags])
+    assert result.exit_code == 0, result.output
+    shown = json.loads(result.stdout)
+    assert shown.pop("styles_dirs") == ["styles"]
+    assert {name: f"{value}" for name, value in shown.items()} == PRINTED
+
+
+@pytest.mark.usefixtures("bare_environment")
+def test_serve_refuses_bad_settings_with_exit_code_2() -> None:
+    app = typer.Typer()
+    app.command()(serve)
+    result = CliRunner().invoke(app, ["--max-steps", "0"])
+    assert result.exit_code == 2
+    assert "cinecat serve: --max-steps: " in result.stderr
