@@ -26,8 +26,8 @@ a TOML file:
 
 `cinecat serve --print-config` prints the values in force as JSON and exits. A setting that does not exist is an error
 that names the near miss. That holds for every variable that starts with `CINECAT_`, but for `CINECAT_CONFIG` and
-`CINECAT_SERVER` (the server that the client commands talk to), and for `CINECAT_PORT...` and `CINECAT_SERVICE_...`, which
-Kubernetes sets in every pod beside a service named `cinecat`. Several folders in `styles_dirs` are separated by `:`, or
+`CINECAT_SERVER` (the server that the client commands talk to), and for `CINECAT_PORT...` and `CINECAT_SERVICE_...`,
+which Kubernetes sets in every pod beside a service named `cinecat`. Several folders in `styles_dirs` are separated by `:`, or
 are a list in the TOML file.
 
 """

@@ -18,7 +18,8 @@ def server_that(folder: Path, monkeypatch: pytest.MonkeyPatch, *lines: str) -> N
     monkeypatch.setattr(local_server.sys, "executable", str(script))
 
 
-READY = "pathlib.Path(sys.argv[sys.argv.index('--ready-file') + 1]).write_text('{\"address\": \"127.0.0.1:9\", \"metrics_port\": 1}')"
+ENDPOINT = '{"address": "127.0.0.1:9", "metrics_port": 1}'
+READY = f"pathlib.Path(sys.argv[sys.argv.index('--ready-file') + 1]).write_text({ENDPOINT!r})"
 
 
 def test_a_server_that_exits_at_once_is_reported_with_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,5 +43,6 @@ def test_a_server_that_is_ready_is_used_and_stopped(tmp_path: Path, monkeypatch:
 
 def test_a_server_that_stops_with_an_error_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     server_that(tmp_path, monkeypatch, "signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))", READY, "signal.pause()")
-    with pytest.raises(local_server.ServerFailed, match="exited with 3 on SIGTERM"), local_server.running_server(tmp_path):
+    running = local_server.running_server(tmp_path)
+    with pytest.raises(local_server.ServerFailed, match="exited with 3 on SIGTERM"), running:
         pass
