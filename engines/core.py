@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cinecat.engines import stages
 from cinecat.engines.cache import ContentCache
-from cinecat.engines.checkpoint import find_checkpoint
+from cinecat.engines.checkpoint import Checkpoint
 from cinecat.engines.denoise import Branch, Denoiser, TorchBlocks
 from cinecat.engines.errors import EngineError
 from cinecat.engines.messages import (
@@ -50,7 +50,7 @@ class _Request:
 class EngineCore:
     """A loaded model and the requests in it. Not thread-safe: one caller, one call at a time."""
 
-    def __init__(self, config: CoreConfig) -> None:
+    def __init__(self, checkpoint: Checkpoint, config: CoreConfig) -> None:
         """Loads the model.
 
         Raises:
@@ -58,7 +58,6 @@ class EngineCore:
         """
         if config.threads:
             torch.set_num_threads(config.threads)
-        checkpoint = find_checkpoint(config.model, Path(config.model_cache))
         self._model = load_model(checkpoint, config.device, config.dtype)
         parameters, weights_bytes = _size(self._model)
         transformer = self._model.transformer

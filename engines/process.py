@@ -12,10 +12,12 @@ import signal
 import threading
 from multiprocessing.connection import Connection, wait
 from multiprocessing.shared_memory import SharedMemory
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cinecat.engines.checkpoint import find_checkpoint
 from cinecat.engines.errors import EngineError, ModelError, OutOfMemory
 from cinecat.engines.messages import (
     Answer,
@@ -44,9 +46,11 @@ def run_core(connection: Connection, config: CoreConfig) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _die_with_parent()
     try:
+        # Before torch is loaded, so that a wrong folder is refused at once.
+        checkpoint = find_checkpoint(config.model, Path(config.model_cache))
         from cinecat.engines.core import EngineCore
 
-        core = EngineCore(config)
+        core = EngineCore(checkpoint, config)
     except Exception as error:
         connection.send(_failure(error))
         return
@@ -106,17 +110,17 @@ def _write_frames(frames: Tensor, buffer: str, dtype: str) -> None:
 
 
 def _failure(error: Exception) -> Failure:
+    message = f"{error}" or type(error).__name__
+    if isinstance(error, ModelError):
+        return Failure("model", message)
     import torch
 
-    message = f"{error}" or type(error).__name__
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return Failure("memory", f"out of memory: {message.splitlines()[0]}")
     if isinstance(error, OutOfMemory):
         return Failure("memory", message)
-    if isinstance(error, ModelError):
-        return Failure("model", message)
     if isinstance(error, EngineError) or type(error).__module__.startswith("cinecat.plugins"):
         return Failure("request", message)
     log.exception("engine core failed", exc_info=error)

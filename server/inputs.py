@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -20,7 +21,10 @@ class JobInputs:
     def save(self, job_id: str, frame: NDArray[np.uint8]) -> None:
         """Keeps uint8 [height, width, 3], exactly."""
         staging = self._path(job_id).with_suffix(".tmp")
-        Image.fromarray(frame).save(staging, format="PNG", compress_level=1)
+        with staging.open("wb") as file:
+            Image.fromarray(frame).save(file, format="PNG", compress_level=1)
+            file.flush()
+            os.fsync(file.fileno())  # the database says that it is there
         staging.rename(self._path(job_id))
 
     def load(self, job_id: str) -> NDArray[np.uint8]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cinecat.engines import stages
+from cinecat.engines.checkpoint import find_checkpoint
 from cinecat.engines.core import EngineCore
 from cinecat.engines.errors import EngineError
 from cinecat.engines.messages import CoreConfig, Shot
@@ -30,7 +32,7 @@ SHOT = Shot(
 
 @pytest.fixture(scope="module")
 def core(config: CoreConfig) -> EngineCore:
-    return EngineCore(config)
+    return EngineCore(find_checkpoint(config.model, Path()), config)
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import os
 import signal
 from dataclasses import replace
 from multiprocessing.shared_memory import SharedMemory
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -46,6 +47,17 @@ def test_a_model_that_cannot_be_served_is_refused_in_the_cores_words() -> None:
     async def scenario() -> None:
         core = new_core(replace(CONFIG, model="is incomplete"))
         with pytest.raises(ModelError, match=r"transformer/config\.json is missing"):
+            await core.start()
+        await asyncio.wait_for(core.died.wait(), 30)
+        await core.stop()
+
+    asyncio.run(scenario())
+
+
+def test_a_real_core_refuses_an_incomplete_folder_and_leaves(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        core = new_core(replace(CONFIG, model=str(tmp_path)))
+        with pytest.raises(ModelError, match=r"missing: model_index\.json, tokenizer/tokenizer_config\.json"):
             await core.start()
         await asyncio.wait_for(core.died.wait(), 30)
         await core.stop()
