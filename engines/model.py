@@ -10,6 +10,7 @@ import diffusers
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPVisionModel, UMT5EncoderModel
+from transformers.utils import logging as transformers_logging
 
 from cinecat.engines.checkpoint import Checkpoint
 from cinecat.engines.errors import ModelError
@@ -58,6 +59,7 @@ def load_model(checkpoint: Checkpoint, device: str, dtype: str) -> WanModel:
     Raises:
         ModelError: the device is not there, or a file does not fit its config.
     """
+    transformers_logging.disable_progress_bar()
     place = _device(device)
     kind = _dtype(dtype, place)
     folder = checkpoint.folder

@@ -45,6 +45,8 @@ def run_core(connection: Connection, config: CoreConfig) -> None:
     # The parent decides when to stop; a Ctrl-C in the terminal must not tear a step.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _die_with_parent()
+    # transformers warns that there is no torchvision, which nothing here uses.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         # Before torch is loaded, so that a wrong folder is refused at once.
         checkpoint = find_checkpoint(config.model, Path(config.model_cache))

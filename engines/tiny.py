@@ -23,6 +23,7 @@ from transformers import (
     UMT5Config,
     UMT5EncoderModel,
 )
+from transformers.utils import logging as transformers_logging
 
 # The words of the film set's captions and of most prompts a person tries first; anything else falls back to bytes.
 _WORDS = (
@@ -77,6 +78,7 @@ def build_tiny(folder: Path, config: TinyConfig = WAN_TINY) -> None:
     Raises:
         OSError: the folder's parent cannot be written.
     """
+    transformers_logging.disable_progress_bar()
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:

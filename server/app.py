@@ -6,13 +6,14 @@ import asyncio
 import contextlib
 import json
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import grpc
 import structlog
+from filelock import FileLock, Timeout
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry, start_http_server
@@ -99,6 +100,7 @@ async def running(settings: Settings, hurry: asyncio.Event) -> AsyncIterator[End
     metrics = Metrics(registry)
     async with contextlib.AsyncExitStack() as stack:
         folder = settings.data_dir.expanduser()
+        stack.enter_context(_sole_use_of(folder))
         store = await asyncio.to_thread(_open_store, folder)
         inputs = JobInputs(folder / "inputs")
         jobs = Jobs(store, inputs, settings.grace_seconds, metrics)
@@ -150,6 +152,21 @@ async def running(settings: Settings, hurry: asyncio.Event) -> AsyncIterator[End
             jobs.stop_watching()
             await server.stop(grace=5.0)
             log.info("stopped")
+
+
+@contextlib.contextmanager
+def _sole_use_of(folder: Path) -> Iterator[None]:
+    """Two servers on one database would both run its jobs. The lock goes with the process, however it ends."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / "server.lock")
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise SettingsError(f"data_dir: {folder} is in use by another server; give each its own") from error
+    except OSError as error:
+        raise SettingsError(f"data_dir: {folder} cannot be written: {error}") from error
+    with lock:
+        yield
 
 
 def _open_store(folder: Path) -> JobStore:

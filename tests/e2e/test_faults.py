@@ -146,3 +146,12 @@ def test_a_killed_server_takes_its_core_along_and_loses_no_job(
         assert same.job_id == job.job_id
         events = list(generation.Watch(generation_pb2.WatchRequest(job_id=job.job_id)))
         assert events[-1].job.state == pb.JOB_STATE_SUCCEEDED
+
+
+def test_a_second_server_on_one_data_dir_is_refused(start_server: object, tmp_path: Path) -> None:
+    with (
+        start_server(tmp_path),  # type: ignore[operator]
+        pytest.raises(ServerFailed, match=r"data_dir: .* is in use by another server"),
+        start_server(tmp_path),  # type: ignore[operator]
+    ):
+        pass
