@@ -28,7 +28,7 @@ class Checkpoint:
     """A complete Wan2.1 I2V folder in the diffusers layout.
 
     Attributes:
-        name: what requests call it: the folder's last part.
+        name: what requests call it: the last part of the folder's path or of the hub id.
         folder: where it is.
         family: what styles call it, e.g. "wan2.1-i2v-14b".
         fingerprint: 16 hexadecimal digits that change when a config or a weight file does.
@@ -57,7 +57,7 @@ def find_checkpoint(model: str, cache: Path) -> Checkpoint:
     if folder.exists():
         return _describe(folder.resolve())
     if _HUB_ID.fullmatch(model):
-        return _describe(_download(model))
+        return _describe(_download(model), name=model.rpartition("/")[2])
     raise ModelError(
         f"model: {model!r} is neither {BUNDLED_MODEL!r}, nor a folder that exists, nor a hub id (owner/name)"
     )
@@ -82,18 +82,20 @@ def _download(hub_id: str) -> Path:
         raise ModelError(f"model: {hub_id!r} could not be downloaded from the hub: {error}") from error
 
 
-def _describe(folder: Path) -> Checkpoint:
+def _describe(folder: Path, name: str = "") -> Checkpoint:
     missing = _missing(folder)
     if missing:
         raise ModelError(
             f"model: {folder} is not a complete Wan2.1 I2V checkpoint in the diffusers layout; missing: "
             + ", ".join(missing)
         )
-    transformer = _read_json(folder / "transformer" / "config.json")
+    transformer = read_json(folder / "transformer" / "config.json")
+    if not any((folder / "tokenizer" / name).is_file() for name in ("tokenizer.json", "spiece.model")):
+        raise ModelError(f"model: {folder} is incomplete; missing: tokenizer/tokenizer.json (or spiece.model)")
     problem = _not_wan21_i2v(transformer)
     if problem:
         raise ModelError(f"model: {folder} is not Wan2.1 I2V: {problem}")
-    return Checkpoint(folder.name, folder, _family(folder, transformer), _fingerprint(folder))
+    return Checkpoint(name or folder.name, folder, _family(folder, transformer), _fingerprint(folder))
 
 
 def _missing(folder: Path) -> list[str]:
@@ -112,12 +114,13 @@ def _missing_weights(part: Path) -> list[str]:
     """Shards that an index names, or any safetensors file at all. Pickled weights do not count."""
     indexes = list(part.glob("*.safetensors.index.json"))
     if indexes:
-        shards = set(_read_json(indexes[0]).get("weight_map", {}).values())
+        shards = set(read_json(indexes[0]).get("weight_map", {}).values())
         return [f"{part.name}/{shard}" for shard in sorted(shards) if not (part / shard).is_file()]
     return [] if any(part.glob("*.safetensors")) else [f"{part.name}/*.safetensors"]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises ModelError when it is not one."""
     try:
         value = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -132,6 +135,9 @@ def _not_wan21_i2v(transformer: dict[str, Any]) -> str:
         return f"the transformer is a {transformer.get('_class_name')!r}, not a 'WanTransformer3DModel'"
     if transformer.get("in_channels") != 36:
         return f"the transformer takes {transformer.get('in_channels')} channels, image-to-video takes 36"
+    sizes = ("num_layers", "num_attention_heads", "attention_head_dim")
+    if not all(isinstance(transformer.get(size), int) for size in sizes):
+        return f"the transformer's config does not give {', '.join(sizes)}"
     if transformer.get("image_dim") is None:
         return "the transformer reads no image embedding (image_dim is null)"
     return ""
@@ -140,7 +146,7 @@ def _not_wan21_i2v(transformer: dict[str, Any]) -> str:
 def _family(folder: Path, transformer: dict[str, Any]) -> str:
     declared = folder / "cinecat.json"
     if declared.is_file():
-        family = _read_json(declared).get("family")
+        family = read_json(declared).get("family")
         if isinstance(family, str):
             return family
     layers = transformer["num_layers"]

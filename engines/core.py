@@ -220,9 +220,13 @@ class _Clock:
 def _load_style(shot: Shot, fingerprint: str) -> Factors:
     """Reads a style's factors; what is resident under a fingerprint must be what the fingerprint says."""
     path = Path(next(style.path for style in shot.styles if style.fingerprint == fingerprint))
-    with path.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != fingerprint:
-            raise EngineError(f"styles: {path.name} was replaced since the request was accepted; ask again")
+    try:
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise EngineError(f"styles: {path.name} cannot be read any more: {error.strerror}") from error
+    if found != fingerprint:
+        raise EngineError(f"styles: {path.name} was replaced since the request was accepted; ask again")
     return load_lora(path)
 
 

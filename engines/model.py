@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +11,7 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPVisionModel, UMT5EncoderModel
 from transformers.utils import logging as transformers_logging
 
-from cinecat.engines.checkpoint import Checkpoint
+from cinecat.engines.checkpoint import Checkpoint, read_json
 from cinecat.engines.errors import ModelError
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -64,21 +63,24 @@ def load_model(checkpoint: Checkpoint, device: str, dtype: str) -> WanModel:
     kind = _dtype(dtype, place)
     folder = checkpoint.folder
 
-    def part(cls: Any, name: str, part_dtype: torch.dtype) -> Any:
+    def load(cls: Any, name: str, **options: Any) -> Any:
         try:
-            module = cls.from_pretrained(folder / name, torch_dtype=part_dtype, use_safetensors=True)
+            return cls.from_pretrained(folder / name, **options)
         except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
             raise ModelError(f"model: {folder / name} cannot be loaded: {error}") from error
+
+    def part(cls: Any, name: str, part_dtype: torch.dtype) -> Any:
+        module = load(cls, name, torch_dtype=part_dtype, use_safetensors=True)
         return module.eval().requires_grad_(False).to(place)
 
-    scheduler_config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    scheduler_config = read_json(folder / "scheduler" / "scheduler_config.json")
     return WanModel(
         checkpoint=checkpoint,
         device=place,
         dtype=kind,
-        tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
+        tokenizer=load(AutoTokenizer, "tokenizer"),
         text_encoder=part(UMT5EncoderModel, "text_encoder", kind),
-        image_processor=CLIPImageProcessorPil.from_pretrained(folder / "image_processor"),
+        image_processor=load(CLIPImageProcessorPil, "image_processor"),
         image_encoder=part(CLIPVisionModel, "image_encoder", torch.float32),
         vae=part(AutoencoderKLWan, "vae", torch.float32),
         transformer=part(WanTransformer3DModel, "transformer", kind),

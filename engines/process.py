@@ -60,7 +60,7 @@ def run_core(connection: Connection, config: CoreConfig) -> None:
     while True:
         try:
             call: Call = connection.recv()
-        except EOFError:
+        except (EOFError, OSError):
             return
         try:
             answer = _answer(core, call)
@@ -117,7 +117,9 @@ def _failure(error: Exception) -> Failure:
         return Failure("model", message)
     import torch
 
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+    # On a CPU, torch's allocator raises a plain RuntimeError.
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in message:
+        error.__traceback__ = None  # its frames hold the tensors
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return Failure("memory", f"out of memory: {message.splitlines()[0]}")

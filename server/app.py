@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import signal
+import socket
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from prometheus_client import CollectorRegistry, start_http_server
 
 from cinecat.engines.messages import CoreConfig
 from cinecat.plugins.registry import BUNDLED, StyleRegistry
-from cinecat.server.artifacts import ArtifactStore
+from cinecat.server.artifacts import ArtifactError, ArtifactStore
 from cinecat.server.core_process import CoreProcess
 from cinecat.server.costs import Costs
 from cinecat.server.inputs import JobInputs
@@ -51,11 +52,12 @@ log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True)
-class Endpoint:
-    """Where a ready server listens."""
+class RunningServer:
+    """A ready server: where it listens, and the task that works its queue off, which ends only by an error."""
 
     address: str
     metrics_port: int
+    worker: asyncio.Task[None]
 
 
 async def serve(settings: Settings) -> None:
@@ -84,40 +86,50 @@ async def serve(settings: Settings) -> None:
 
 
 async def _serve_until(stop: asyncio.Event, hurry: asyncio.Event, ready: asyncio.Event, settings: Settings) -> None:
-    async with running(settings, hurry) as endpoint:
+    if settings.ready_file is not None:
+        settings.ready_file.unlink(missing_ok=True)  # a former server's
+    async with running(settings, hurry) as server:
         ready.set()
         if settings.ready_file is not None:
-            await asyncio.to_thread(_write_ready_file, settings.ready_file, endpoint)
-        metrics_url = f"http://{settings.metrics_host}:{endpoint.metrics_port}/metrics"
-        log.info("ready", address=endpoint.address, metrics=metrics_url)
-        await stop.wait()
+            await asyncio.to_thread(_write_ready_file, settings.ready_file, server)
+        metrics_url = f"http://{settings.metrics_host}:{server.metrics_port}/metrics"
+        log.info("ready", address=server.address, metrics=metrics_url)
+        stopping = asyncio.create_task(stop.wait())
+        await asyncio.wait([stopping, server.worker], return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        if server.worker.done():
+            server.worker.result()  # a server that takes jobs and works on none must not live on
 
 
 @contextlib.asynccontextmanager
-async def running(settings: Settings, hurry: asyncio.Event) -> AsyncIterator[Endpoint]:
-    """A warm server that takes jobs, and drains at the end of the block; `hurry` cuts the drain short."""
+async def running(settings: Settings, hurry: asyncio.Event) -> AsyncIterator[RunningServer]:
+    """A warm server that takes jobs, and drains at the end of the block; `hurry` cuts the drain short.
+
+    What can be wrong with the settings is found before the model is loaded.
+    """
     registry = CollectorRegistry()
     metrics = Metrics(registry)
     async with contextlib.AsyncExitStack() as stack:
+        _check_is_free(settings.address)
+        metrics_port = stack.enter_context(_metrics_endpoint(settings, registry))
         folder = settings.data_dir.expanduser()
         stack.enter_context(_sole_use_of(folder))
         store = await asyncio.to_thread(_open_store, folder)
         inputs = JobInputs(folder / "inputs")
         jobs = Jobs(store, inputs, settings.grace_seconds, metrics)
         stack.push_async_callback(jobs.close)
-        artifacts = ArtifactStore(settings.artifact_url or str(folder / "artifacts"))
+        artifacts = await asyncio.to_thread(_open_artifacts, settings.artifact_url or str(folder / "artifacts"))
         stack.callback(artifacts.close)
-        await asyncio.to_thread(artifacts.clear_scratch)
 
         core = CoreProcess(_core_config(settings), metrics)
         stack.push_async_callback(core.stop)
         info = await core.start()
         model = describe_model(info, settings)
-        catalogue = StyleCatalogue(
-            StyleRegistry([BUNDLED, *(folder.expanduser() for folder in settings.styles_dirs)]), info
-        )
-        await warm_up(core, model, catalogue)
+        await warm_up(core, info, model)
 
+        catalogue = StyleCatalogue(
+            StyleRegistry([BUNDLED, *(path.expanduser() for path in settings.styles_dirs)]), info
+        )
         costs = Costs()
         server, health_servicer = _grpc_server(settings, metrics)
 
@@ -125,7 +137,7 @@ async def running(settings: Settings, hurry: asyncio.Event) -> AsyncIterator[End
             await _set_health(health_servicer, alive)
             metrics.ready.set(alive)
 
-        renderer = Renderer(core, model.engine, jobs, catalogue, inputs, artifacts, metrics, costs)
+        renderer = Renderer(core, model.name, model.engine, jobs, catalogue, inputs, artifacts, metrics, costs)
         scheduler = Scheduler(jobs, renderer, core, model, settings.max_queue, metrics, costs, on_core_state)
         for live in await jobs.restore():
             scheduler.enqueue(live)
@@ -133,18 +145,12 @@ async def running(settings: Settings, hurry: asyncio.Event) -> AsyncIterator[End
         generation_pb2_grpc.add_GenerationServicer_to_server(generation, server)
         styles_pb2_grpc.add_StylesServicer_to_server(StylesService(catalogue), server)
         models_pb2_grpc.add_ModelsServicer_to_server(ModelsService(model), server)
-
-        host, _, wanted = settings.address.rpartition(":")
         port = _bind(server, settings.address)
         await server.start()
-        http, thread = start_http_server(settings.metrics_port, settings.metrics_host, registry)
-        stack.callback(thread.join, 5.0)
-        stack.callback(http.server_close)
-        stack.callback(http.shutdown)
         worker = asyncio.create_task(scheduler.run())
-        await on_core_state(True)
         try:
-            yield Endpoint(f"{host}:{port or wanted}", http.server_port)
+            await on_core_state(True)
+            yield RunningServer(f"{settings.address.rpartition(':')[0]}:{port}", metrics_port, worker)
         finally:
             log.info("shutting down", drain_seconds=settings.drain_seconds)
             await on_core_state(False)
@@ -152,6 +158,34 @@ async def running(settings: Settings, hurry: asyncio.Event) -> AsyncIterator[End
             jobs.stop_watching()
             await server.stop(grace=5.0)
             log.info("stopped")
+
+
+@contextlib.contextmanager
+def _metrics_endpoint(settings: Settings, registry: CollectorRegistry) -> Iterator[int]:
+    """Serves the metrics from the start, with cinecat_ready 0; yields the port."""
+    try:
+        http, thread = start_http_server(settings.metrics_port, settings.metrics_host, registry)
+    except OSError as error:
+        where = f"{settings.metrics_host}:{settings.metrics_port}"
+        raise SettingsError(f"metrics_port: {where} cannot be listened on: {error.strerror}") from error
+    try:
+        yield http.server_port
+    finally:
+        http.shutdown()
+        http.server_close()
+        thread.join(5.0)
+
+
+def _check_is_free(address: str) -> None:
+    """Raises SettingsError for an address that cannot be listened on, which gRPC says only when the model is loaded."""
+    host, _, port = address.rpartition(":")
+    try:
+        family, kind, protocol, _, where = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(where)
+    except OSError as error:
+        raise SettingsError(f"address: {address} cannot be listened on: {error.strerror}") from error
 
 
 @contextlib.contextmanager
@@ -165,8 +199,19 @@ def _sole_use_of(folder: Path) -> Iterator[None]:
         raise SettingsError(f"data_dir: {folder} is in use by another server; give each its own") from error
     except OSError as error:
         raise SettingsError(f"data_dir: {folder} cannot be written: {error}") from error
-    with lock:
+    try:
         yield
+    finally:
+        lock.release()
+
+
+def _open_artifacts(url: str) -> ArtifactStore:
+    try:
+        artifacts = ArtifactStore(url)
+        artifacts.clear_scratch()
+    except (ArtifactError, OSError) as error:
+        raise SettingsError(f"artifact_url: {error}") from error
+    return artifacts
 
 
 def _open_store(folder: Path) -> JobStore:
@@ -196,6 +241,9 @@ def _grpc_server(settings: Settings, metrics: Metrics) -> tuple[grpc.aio.Server,
             ("grpc.max_receive_message_length", settings.max_image_mib * 2**20 + _MESSAGE_MARGIN_BYTES),
             ("grpc.max_metadata_size", 16 * 1024),
             ("grpc.so_reuseport", 0),  # a second server on the port is an error, not a lottery
+            # A client that vanishes without a word is noticed within a minute, so that its grace period begins.
+            ("grpc.keepalive_time_ms", 30_000),
+            ("grpc.keepalive_timeout_ms", 20_000),
             ("grpc.keepalive_permit_without_calls", 1),
             ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
         ],
@@ -222,7 +270,7 @@ def _bind(server: grpc.aio.Server, address: str) -> int:
     return port
 
 
-def _write_ready_file(path: Path, endpoint: Endpoint) -> None:
+def _write_ready_file(path: Path, server: RunningServer) -> None:
     staging = path.with_suffix(".tmp")
-    staging.write_text(json.dumps({"address": endpoint.address, "metrics_port": endpoint.metrics_port}))
+    staging.write_text(json.dumps({"address": server.address, "metrics_port": server.metrics_port}))
     staging.rename(path)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from multiprocessing.shared_memory import SharedMemory
-from types import TracebackType
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -25,6 +26,8 @@ A = TypeVar("A", bound=Answer)
 log = structlog.get_logger(__name__)
 
 _STOP_SECONDS = 3.0
+
+_SHARED_MEMORY = Path("/dev/shm")
 
 _FAILURES = {"model": ModelError, "memory": OutOfMemory, "request": EngineError, "internal": EngineFault}
 
@@ -82,7 +85,16 @@ class CoreProcess:
             EngineError: the engine refused or failed; OutOfMemory and EngineFault tell it apart.
             CoreDied: there is no engine any more.
         """
-        return _expect(await self._in_thread(lambda: self._roundtrip(call)), answer)
+        try:
+            reply = await self._in_thread(lambda: self._roundtrip(call))
+        except CoreDied:
+            self.died.set()
+            raise
+        if isinstance(reply, Failure) and reply.fatal:
+            # It is leaving; nobody else may be sent to it meanwhile.
+            self.kill()
+            self.died.set()
+        return _expect(reply, answer)
 
     def kill(self) -> None:
         """Ends the process at once; a call that waits for it comes back with CoreDied."""
@@ -134,7 +146,8 @@ class CoreProcess:
         if self._connection is not None:
             self._connection.close()
         if self._process is not None:
-            self._process.join(_STOP_SECONDS)
+            self._process.join(_STOP_SECONDS / 2)
+            self._process.kill()
 
     def _kill(self) -> None:
         if self._process is not None:
@@ -163,9 +176,16 @@ class FrameBuffer:
     """
 
     def __init__(self, height: int, width: int, max_frames: int, dtype: FrameDtype) -> None:
+        """Raises OutOfMemory when the shared memory is too small, which would otherwise be the core's death."""
         self._shape = (height, width, 3)
         self.dtype: FrameDtype = dtype
-        self._memory = SharedMemory(create=True, size=max_frames * height * width * 3 * np.dtype(dtype).itemsize)
+        size = max_frames * height * width * 3 * np.dtype(dtype).itemsize
+        if _SHARED_MEMORY.is_dir() and (free := shutil.disk_usage(_SHARED_MEMORY).free) < size:
+            raise OutOfMemory(
+                f"a chunk of frames takes {size} bytes of {_SHARED_MEMORY}, {free} are free; "
+                "in a container, raise --shm-size"
+            )
+        self._memory = SharedMemory(create=True, size=size)
 
     @property
     def name(self) -> str:
@@ -176,9 +196,6 @@ class FrameBuffer:
         view: NDArray[Any] = np.ndarray((decoded.count, *self._shape), dtype=self.dtype, buffer=self._memory.buf)
         return view.copy()
 
-    def __enter__(self) -> FrameBuffer:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def close(self) -> None:
         self._memory.close()
         self._memory.unlink()

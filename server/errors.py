@@ -7,6 +7,10 @@ from dataclasses import dataclass
 
 import grpc
 
+from cinecat.engines.errors import CoreDied, EngineError, EngineFault, OutOfMemory
+from cinecat.plugins.registry import UnknownStyle
+from cinecat.server.artifacts import ArtifactError, ArtifactNotFoundError
+
 
 @dataclass(frozen=True)
 class Violation:
@@ -50,3 +54,29 @@ class ShuttingDown(RequestError):
 
     def __init__(self, message: str) -> None:
         super().__init__(grpc.StatusCode.UNAVAILABLE, message)
+
+
+# The first that fits, so the special before the general.
+_STATUS: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
+    (UnknownStyle, grpc.StatusCode.NOT_FOUND),
+    (ArtifactNotFoundError, grpc.StatusCode.NOT_FOUND),
+    (ArtifactError, grpc.StatusCode.UNAVAILABLE),
+    (OutOfMemory, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (CoreDied, grpc.StatusCode.UNAVAILABLE),
+    (EngineFault, grpc.StatusCode.INTERNAL),
+    (EngineError, grpc.StatusCode.FAILED_PRECONDITION),
+)
+
+
+def status_of(error: Exception) -> grpc.StatusCode:
+    """The status of an error, for RPCs and for failed jobs alike."""
+    if isinstance(error, RequestError):
+        return error.code
+    return next((code for kind, code in _STATUS if isinstance(error, kind)), grpc.StatusCode.INTERNAL)
+
+
+def explain(error: Exception) -> str:
+    """What a caller is told: the error's own words, or, where they may hold internals, that the log has them."""
+    if status_of(error) is grpc.StatusCode.INTERNAL and not isinstance(error, EngineFault):
+        return "the server failed on this request; its log says why"
+    return f"{error}" or type(error).__name__

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -68,6 +68,13 @@ class LiveJob:
     @property
     def ended(self) -> bool:
         return self.job.state in FINAL_STATES
+
+    @property
+    def known(self) -> pb.Job:
+        """The job as its last event told it; `job` is ahead of that while a transition is being stored."""
+        last = self.transitions[-1]
+        newer = self.latest is not None and self.latest.sequence > last.sequence
+        return self.latest.job if newer and self.latest is not None else last.job
 
     def events_after(self, sequence: int) -> list[pb.JobEvent]:
         """Transitions past `sequence`, then the latest progress if it is newer than all of them."""
@@ -147,7 +154,7 @@ class Jobs:
         """Raises RequestError for an unknown id."""
         live = self._live.get(job_id)
         if live is not None:
-            return live.job
+            return live.known
         stored = await self._in_store(lambda: self._store.get(job_id))
         if stored is None:
             raise unknown_job(job_id)
@@ -159,10 +166,13 @@ class Jobs:
     async def page(self, size: int, before: tuple[int, str] | None, states: Sequence[int]) -> list[pb.Job]:
         """Newest first, with the progress of those that run."""
         stored = await self._in_store(lambda: self._store.page(size, before, states))
-        return [live.job if (live := self._live.get(job.job_id)) else job for job in stored]
+        return [live.known if (live := self._live.get(job.job_id)) else job for job in stored]
 
-    async def transition(self, live: LiveJob, state: State) -> None:
+    async def transition(self, live: LiveJob, state: State, change: Callable[[pb.Job], object] | None = None) -> None:
         """Moves a job on, stores that, then tells its watchers; also when its caller is cancelled meanwhile.
+
+        Args:
+            change: writes what comes with the new state into the job; undone when it cannot be stored.
 
         Raises:
             ValueError: the state machine has no such transition.
@@ -179,6 +189,8 @@ class Jobs:
         if state in FINAL_STATES:
             job.end_time.GetCurrentTime()
             job.progress.ClearField("eta")
+        if change is not None:
+            change(job)
         # Set before the write, so that nobody else decides from the old state meanwhile.
         live.job = job
         event = self._event(live)
@@ -190,6 +202,7 @@ class Jobs:
             await self._in_store(partial(self._store_transition, event, live.attempts))
         except BaseException:
             live.job, live.attempts = before, attempts
+            _wake(live)
             raise
         live.transitions.append(event)
         self._metrics.job_moved(before.state, live.job)
@@ -204,15 +217,18 @@ class Jobs:
 
     async def requeue(self, live: LiveJob) -> None:
         """Puts a running job back to where it began."""
-        live.job.progress.step = live.job.progress.frames_decoded = 0
-        live.job.ClearField("result")
-        live.job.ClearField("start_time")
-        await self.transition(live, pb.JOB_STATE_QUEUED)
+
+        def change(job: pb.Job) -> None:
+            job.progress.step = job.progress.frames_decoded = 0
+            job.ClearField("start_time")
+
+        await self.transition(live, pb.JOB_STATE_QUEUED, change)
 
     async def fail(self, live: LiveJob, code: int, message: str) -> None:
-        live.job.error.code, live.job.error.message = code, message
-        live.job.ClearField("result")
-        await self.transition(live, pb.JOB_STATE_FAILED)
+        """Ends a job with an error; `code` is a google.rpc.Code."""
+        await self.transition(
+            live, pb.JOB_STATE_FAILED, lambda job: job.error.MergeFrom(pb.JobError(code=code, message=message))
+        )
 
     def progress(self, live: LiveJob) -> None:
         """Tells watchers about progress that the caller has written into `live.job`."""
@@ -231,9 +247,11 @@ class Jobs:
         live.stop_requested = True
         if live.job.state == pb.JOB_STATE_QUEUED:
             await self.transition(live, pb.JOB_STATE_CANCELLED)
-        return live.job
+        elif live.ended and live.known.state not in FINAL_STATES:
+            await live.changed.wait()  # its end is being stored
+        return live.known
 
-    async def watch(self, job_id: str, after_sequence: int) -> AsyncIterator[pb.JobEvent]:
+    async def watch(self, job_id: str, after_sequence: int) -> AsyncGenerator[pb.JobEvent, None]:
         """The events of a job past `after_sequence`, until its end.
 
         Raises:
@@ -298,7 +316,13 @@ class Jobs:
             log.info("job abandoned", job_id=live.job_id, grace_seconds=self._grace_seconds)
             task = asyncio.ensure_future(self.cancel(live.job_id))
             self._abandoned.add(task)
-            task.add_done_callback(self._abandoned.discard)
+            task.add_done_callback(partial(self._after_abandonment, live))
+
+    def _after_abandonment(self, live: LiveJob, task: asyncio.Task[pb.Job]) -> None:
+        self._abandoned.discard(task)
+        if (error := task.exception()) is not None:
+            log.error("an abandoned job could not be cancelled", job_id=live.job_id, exc_info=error)
+            self._left_alone(live)
 
     async def _to_the_end(self, work: Coroutine[Any, Any, T]) -> T:
         """A client that vanishes while its call is being stored must not part what is stored from what is known."""

@@ -39,7 +39,7 @@ def describe_model(info: ModelInfo, settings: Settings) -> models_pb2.Model:
             max_image_bytes=settings.max_image_mib * 2**20,
             max_image_pixels=settings.max_image_megapixels * 10**6,
         ),
-        defaults=_defaults(info, settings),
+        defaults=_defaults(info, settings, max_tokens),
         tokenizations=[clip_pb2.Tokenization.UNIFORM],
     )
 
@@ -55,10 +55,12 @@ def _frames_within(max_tokens: int) -> int:
     return (max(1, max_tokens // 4) - 1) * VAE_TEMPORAL_STRIDE + 1
 
 
-def _defaults(info: ModelInfo, settings: Settings) -> clip_pb2.ClipSpec:
-    """Wan's own 480p setting for the real models; the training shape for the tiny one."""
+def _defaults(info: ModelInfo, settings: Settings, max_tokens: int) -> clip_pb2.ClipSpec:
+    """Wan's own 480p setting for the real models, the training shape for the tiny one; shorter, then smaller, where
+    that is more than the limits allow.
+    """
     tiny = info.family == "wan2.1-i2v-tiny"
-    return clip_pb2.ClipSpec(
+    clip = clip_pb2.ClipSpec(
         model=info.name,
         fit=clip_pb2.FIT_CROP,
         width=128 if tiny else 832,
@@ -70,3 +72,10 @@ def _defaults(info: ModelInfo, settings: Settings) -> clip_pb2.ClipSpec:
         tokenization=clip_pb2.Tokenization(mode=clip_pb2.Tokenization.UNIFORM),
         artifact_formats=[clip_pb2.ARTIFACT_FORMAT_MP4_H264],
     )
+    frame_tokens = (clip.width // info.size_multiple) * (clip.height // info.size_multiple)
+    if frame_tokens > max_tokens:
+        clip.width = clip.height = 2 * info.size_multiple
+        frame_tokens = 4
+    latent_frames = min((clip.frames - 1) // VAE_TEMPORAL_STRIDE + 1, max(1, max_tokens // frame_tokens))
+    clip.frames = (latent_frames - 1) * VAE_TEMPORAL_STRIDE + 1
+    return clip

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import json
+import contextlib
 import time
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
+from numpy.typing import NDArray
 
+from cinecat.engines.errors import EngineError
 from cinecat.engines.messages import (
     VAE_TEMPORAL_STRIDE,
     Condition,
@@ -25,7 +26,7 @@ from cinecat.engines.messages import (
     Step,
     Stepped,
 )
-from cinecat.server.artifacts import ArtifactFormat, ArtifactInfo, ArtifactStore
+from cinecat.server.artifacts import ArtifactError, ArtifactFormat, ArtifactInfo, ArtifactStore
 from cinecat.server.core_process import CoreProcess, FrameBuffer
 from cinecat.server.costs import Costs, pixel_frames, token_rows
 from cinecat.server.inputs import JobInputs
@@ -47,190 +48,210 @@ class Stopped(Exception):
 
 
 @dataclass
-class Rendered:
-    """A clip whose frames all exist; `finish` completes its files without the engine core."""
-
-    finish: Callable[[], Awaitable[None]]
-
-
-@dataclass
-class _Progress:
-    """What becomes the job's result."""
+class _Tally:
+    """What becomes of a rendering's measurements in the job's result."""
 
     timings: list[StageTime] = field(default_factory=list)
+    denoise_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    mux_seconds: float = 0.0
     tokens_used: int = 0
     tokens_uniform: int = 0
-    mux_seconds: float = 0.0
 
 
+@dataclass(frozen=True)
 class Renderer:
-    """Drives the engine core for one job at a time."""
+    """What every rendering works with. `model` is the name that requests give, `engine` the denoiser's backend."""
 
-    def __init__(
-        self,
-        core: CoreProcess,
-        engine: str,
-        jobs: Jobs,
-        catalogue: StyleCatalogue,
-        inputs: JobInputs,
-        artifacts: ArtifactStore,
-        metrics: Metrics,
-        costs: Costs,
-    ) -> None:
-        self._core = core
-        self._engine = engine
-        self._jobs = jobs
-        self._catalogue = catalogue
-        self._inputs = inputs
-        self._artifacts = artifacts
-        self._metrics = metrics
-        self._costs = costs
+    core: CoreProcess
+    model: str
+    engine: str
+    jobs: Jobs
+    catalogue: StyleCatalogue
+    inputs: JobInputs
+    artifacts: ArtifactStore
+    metrics: Metrics
+    costs: Costs
 
-    async def render(self, live: LiveJob) -> Rendered:
-        """Takes a queued job until its last frame is decoded, and releases the core.
+    def begin(self, live: LiveJob) -> Rendering:
+        return Rendering(self, live)
+
+
+class Rendering:
+    """One job on its way through the engine core, one call to the core at a time.
+
+    The scheduler calls `advance` until it says that all frames are decoded, then `leave_core` and `finish`; between
+    two calls it may do something else, or nothing ever again after `abandon`.
+    """
+
+    def __init__(self, renderer: Renderer, live: LiveJob) -> None:
+        self.live = live
+        self._renderer = renderer
+        self._tally = _Tally()
+        self._writers: list[ClipWriter] = []
+        self._buffer: FrameBuffer | None = None
+        self._writing: asyncio.Task[None] | None = None
+
+    async def advance(self) -> bool:
+        """Does the next quantum: encodes the inputs, or one step, or decodes one chunk. True after the last chunk.
 
         Raises:
-            Stopped: it was cancelled.
-            UnknownStyle, EngineError, CoreDied, ArtifactError: it failed; nothing of it is left but its input.
+            Stopped: the job was cancelled.
+            RequestError, UnknownStyle, EngineError, CoreDied, ArtifactError: it failed.
         """
-        progress = _Progress()
-        queued = (time.time() - live.job.create_time.ToMicroseconds() / 1e6) if live.attempts == 0 else 0.0
-        progress.timings.append(StageTime("queue", max(0.0, queued)))
-        await self._jobs.transition(live, pb.JOB_STATE_CONDITIONING)
-        try:
-            await self._condition(live, progress)
-            await self._denoise(live, progress)
-            writers = await self._decode(live, progress)
-        finally:
-            await self._release(live)
-        return Rendered(lambda: self._finish(live, progress, writers))
+        job = self.live.job
+        self._stop_if_asked()
+        if job.state == pb.JOB_STATE_QUEUED:
+            await self._condition()
+        elif job.progress.step < job.clip.steps:
+            await self._step()
+        else:
+            await self._decode()
+        return self.live.job.progress.frames_decoded == job.clip.frames
 
-    async def _condition(self, live: LiveJob, progress: _Progress) -> None:
-        clip = live.job.clip
+    async def leave_core(self) -> None:
+        """Frees the core's state of this job; where the core is gone, so is the state."""
+        if self._buffer is not None:
+            self._buffer.close()
+            self._buffer = None
+        with contextlib.suppress(EngineError):
+            await self._renderer.core.call(Release(self.live.job_id), Released)
+
+    async def finish(self) -> None:
+        """Completes and publishes the files, and ends the job. Needs no core.
+
+        Raises:
+            Stopped: the job was cancelled.
+            ArtifactError: a file could not be written or published.
+        """
+        r, live, tally = self._renderer, self.live, self._tally
+        if self._writing is not None:
+            await self._writing
+        self._stop_if_asked()
+        await r.jobs.transition(live, pb.JOB_STATE_ENCODING)
+        started = time.perf_counter()
+        published = await asyncio.to_thread(self._publish)
+        tally.mux_seconds += time.perf_counter() - started
+        tally.timings += [
+            StageTime("denoise", tally.denoise_seconds),
+            StageTime("vae_decode", tally.decode_seconds),
+            StageTime("mux", tally.mux_seconds),
+        ]
+        result = self._result(published)
+        await r.jobs.transition(live, pb.JOB_STATE_SUCCEEDED, lambda job: job.result.CopyFrom(result))
+        for timing in tally.timings:
+            r.metrics.stage(timing)
+
+    async def abandon(self) -> None:
+        """Gives up: leaves the core, and no file behind."""
+        await self.leave_core()
+        if self._writing is not None:
+            await asyncio.wait([self._writing])
+        await asyncio.to_thread(self._remove_files)
+
+    async def _condition(self) -> None:
+        r, live, clip = self._renderer, self.live, self.live.job.clip
+        if clip.model != r.model:
+            raise EngineError(f"the job was accepted for the model {clip.model}, this server now has {r.model}")
+        waited = time.time() - live.job.create_time.ToMicroseconds() / 1e6 if live.attempts == 0 else 0.0
+        self._tally.timings.append(StageTime("queue", max(0.0, waited)))
+        await r.jobs.transition(live, pb.JOB_STATE_CONDITIONING)
         shot = Shot(
             job_id=live.job_id,
-            image=await asyncio.to_thread(self._inputs.load, live.job_id),
+            image=await asyncio.to_thread(r.inputs.load, live.job_id),
             prompt=clip.prompt,
             negative_prompt=clip.negative_prompt,
             frames=clip.frames,
             steps=clip.steps,
             guidance_scale=clip.guidance_scale,
             seed=clip.seed,
-            styles=await asyncio.to_thread(self._catalogue.uses, clip.styles),
+            styles=await asyncio.to_thread(r.catalogue.uses, clip.styles),
         )
-        _stop_if_asked(live)
-        conditioned = await self._core.call(Condition(shot), Conditioned)
-        progress.timings += conditioned.timings
-        progress.tokens_used, progress.tokens_uniform = conditioned.tokens_used, conditioned.tokens_uniform
+        self._stop_if_asked()
+        conditioned = await r.core.call(Condition(shot), Conditioned)
+        self._tally.timings += conditioned.timings
+        self._tally.tokens_used, self._tally.tokens_uniform = conditioned.tokens_used, conditioned.tokens_uniform
         live.job.notes.extend(note for note in conditioned.notes if note not in live.job.notes)
         if not any(timing.cached for timing in conditioned.timings):
-            seconds = sum(timing.seconds for timing in conditioned.timings)
-            self._costs.observe("condition", pixel_frames(clip), seconds)
+            r.costs.observe("condition", pixel_frames(clip), sum(timing.seconds for timing in conditioned.timings))
 
-    async def _denoise(self, live: LiveJob, progress: _Progress) -> None:
-        _stop_if_asked(live)
-        await self._jobs.transition(live, pb.JOB_STATE_DENOISING)
+    async def _step(self) -> None:
+        r, live = self._renderer, self.live
+        if live.job.state == pb.JOB_STATE_CONDITIONING:
+            await r.jobs.transition(live, pb.JOB_STATE_DENOISING)
+        stepped = await r.core.call(Step(live.job_id), Stepped)
+        self._tally.denoise_seconds += stepped.seconds
         tokenization = clip_pb2.Tokenization.Mode.Name(live.job.clip.tokenization.mode).lower()
-        total = 0.0
-        for _ in range(live.job.clip.steps):
-            _stop_if_asked(live)
-            stepped = await self._core.call(Step(live.job_id), Stepped)
-            total += stepped.seconds
-            self._metrics.step_seconds.labels(tokenization).observe(stepped.seconds)
-            self._costs.observe("step", token_rows(live.job.clip, progress.tokens_used), stepped.seconds)
-            live.job.progress.step = stepped.step
-            self._report(live, progress)
-        progress.timings.append(StageTime("denoise", total))
+        r.metrics.step_seconds.labels(tokenization).observe(stepped.seconds)
+        r.costs.observe("step", token_rows(live.job.clip, self._tally.tokens_used), stepped.seconds)
+        live.job.progress.step = stepped.step
+        self._report()
 
-    async def _decode(self, live: LiveJob, progress: _Progress) -> list[ClipWriter]:
-        _stop_if_asked(live)
-        await self._jobs.transition(live, pb.JOB_STATE_DECODING)
-        clip = live.job.clip
-        writers = await asyncio.to_thread(self._open_writers, live)
-        deep = clip_pb2.ARTIFACT_FORMAT_FRAMES_F32 in clip.artifact_formats
-        writing: asyncio.Task[None] | None = None
-        total = 0.0
-        try:
-            with FrameBuffer(clip.height, clip.width, VAE_TEMPORAL_STRIDE, "float32" if deep else "uint8") as buffer:
-                while live.job.progress.frames_decoded < clip.frames:
-                    _stop_if_asked(live)
-                    decoded = await self._core.call(Decode(live.job_id, buffer.name, buffer.dtype), Decoded)
-                    total += decoded.seconds
-                    self._costs.observe("decode", clip.width * clip.height * decoded.count, decoded.seconds)
-                    frames = buffer.frames(decoded)
-                    # The files grow while the core decodes on, one chunk behind it.
-                    if writing is not None:
-                        await writing
-                    writing = asyncio.create_task(asyncio.to_thread(_write, writers, frames, progress))
-                    live.job.progress.frames_decoded = decoded.first + decoded.count
-                    self._report(live, progress)
-            if writing is not None:
-                await writing
-        except BaseException:
-            if writing is not None:
-                await asyncio.wait([writing])
-            _abort(writers)
-            raise
-        progress.timings.append(StageTime("vae_decode", total))
-        return writers
+    async def _decode(self) -> None:
+        r, live = self._renderer, self.live
+        if live.job.state == pb.JOB_STATE_DENOISING:
+            await r.jobs.transition(live, pb.JOB_STATE_DECODING)
+            await asyncio.to_thread(self._open_files)
+        clip, buffer = live.job.clip, self._buffer
+        assert buffer is not None
+        decoded = await r.core.call(Decode(live.job_id, buffer.name, buffer.dtype), Decoded)
+        self._tally.decode_seconds += decoded.seconds
+        r.costs.observe("decode", clip.width * clip.height * decoded.count, decoded.seconds)
+        frames = await asyncio.to_thread(buffer.frames, decoded)
+        # The files grow while the core decodes on, one chunk behind it.
+        if self._writing is not None:
+            await self._writing
+        self._writing = asyncio.create_task(asyncio.to_thread(self._write, frames))
+        live.job.progress.frames_decoded = decoded.first + decoded.count
+        self._report()
 
-    async def _finish(self, live: LiveJob, progress: _Progress, writers: list[ClipWriter]) -> None:
-        """Completes and publishes the files and ends the job."""
-        try:
-            _stop_if_asked(live)
-            await self._jobs.transition(live, pb.JOB_STATE_ENCODING)
-            started = time.perf_counter()
-            published = await asyncio.to_thread(self._publish, live.job_id, writers)
-            progress.mux_seconds += time.perf_counter() - started
-        except BaseException:
-            _abort(writers)
-            raise
-        progress.timings.append(StageTime("mux", progress.mux_seconds))
-        for timing in progress.timings:
-            self._metrics.stage(timing)
-        live.job.result.CopyFrom(self._result(live.job, progress, published))
-        await self._jobs.transition(live, pb.JOB_STATE_SUCCEEDED)
+    def _stop_if_asked(self) -> None:
+        if self.live.stop_requested:
+            raise Stopped
 
-    async def _release(self, live: LiveJob) -> None:
-        """Frees the core's state; where the core is gone, so is the state."""
-        try:
-            await self._core.call(Release(live.job_id), Released)
-        except Exception:
-            return
-
-    def _report(self, live: LiveJob, progress: _Progress) -> None:
-        remaining = self._costs.remaining(live.job, progress.tokens_used)
+    def _report(self) -> None:
+        remaining = self._renderer.costs.remaining(self.live.job, self._tally.tokens_used)
         if remaining is not None:
-            live.job.progress.eta.FromNanoseconds(int(remaining * 1e9))
-        self._jobs.progress(live)
+            self.live.job.progress.eta.FromNanoseconds(int(remaining * 1e9))
+        self._renderer.jobs.progress(self.live)
 
-    def _open_writers(self, live: LiveJob) -> list[ClipWriter]:
-        clip = live.job.clip
+    def _open_files(self) -> None:
+        clip, job_id, artifacts = self.live.job.clip, self.live.job_id, self._renderer.artifacts
         shape = ClipShape(clip.width, clip.height, clip.frames, exact_rate(clip.fps))
-        metadata = clip_metadata(clip.prompt, {"job_id": live.job_id, "engine": self._engine, **as_dict(clip)})
-        writers: list[ClipWriter] = []
-        try:
-            for value in clip.artifact_formats:
-                path = self._artifacts.scratch_path(live.job_id, _FORMATS[value])
-                writers.append(open_writer(_FORMATS[value], path, shape, metadata))
-        except BaseException:
-            _abort(writers)
-            raise
-        return writers
+        settings = {"job_id": job_id, "engine": self._renderer.engine, **as_dict(clip)}
+        for value in clip.artifact_formats:
+            path = artifacts.scratch_path(job_id, _FORMATS[value])
+            self._writers.append(open_writer(_FORMATS[value], path, shape, clip_metadata(clip.prompt, settings)))
+        deep = clip_pb2.ARTIFACT_FORMAT_FRAMES_F32 in clip.artifact_formats
+        self._buffer = FrameBuffer(clip.height, clip.width, VAE_TEMPORAL_STRIDE, "float32" if deep else "uint8")
 
-    def _publish(self, job_id: str, writers: list[ClipWriter]) -> list[ArtifactInfo]:
-        return [self._artifacts.publish(job_id, written) for written in [writer.finish() for writer in writers]]
+    def _write(self, frames: NDArray[Any]) -> None:
+        started = time.perf_counter()
+        for writer in self._writers:
+            writer.write(frames)
+        self._tally.mux_seconds += time.perf_counter() - started
 
-    def _result(self, job: pb.Job, progress: _Progress, published: list[ArtifactInfo]) -> pb.ClipResult:
+    def _publish(self) -> list[ArtifactInfo]:
+        """All files are whole before the first of them is published."""
+        finished = [writer.finish() for writer in self._writers]
+        return [self._renderer.artifacts.publish(self.live.job_id, written) for written in finished]
+
+    def _remove_files(self) -> None:
+        for writer in self._writers:
+            writer.abort()
+        with contextlib.suppress(ArtifactError):
+            self._renderer.artifacts.delete_job(self.live.job_id)
+
+    def _result(self, published: list[ArtifactInfo]) -> pb.ClipResult:
         result = pb.ClipResult(
-            tokens_used=progress.tokens_used,
-            tokens_uniform=progress.tokens_uniform,
-            engine=self._engine,
+            tokens_used=self._tally.tokens_used,
+            tokens_uniform=self._tally.tokens_uniform,
+            engine=self._renderer.engine,
         )
-        for timing in progress.timings:
+        for timing in self._tally.timings:
             entry = result.timings.add(stage=pb.Stage.Value(f"STAGE_{timing.stage.upper()}"), cached=timing.cached)
             entry.duration.FromNanoseconds(int(timing.seconds * 1e9))
-        for value, info in zip(job.clip.artifact_formats, published, strict=True):
+        for value, info in zip(self.live.job.clip.artifact_formats, published, strict=True):
             result.artifacts.add(
                 name=info.name, format=value, mime_type=info.mime_type, size_bytes=info.size_bytes, sha256=info.sha256
             )
@@ -239,22 +260,4 @@ class Renderer:
 
 def as_dict(message: Message) -> dict[str, Any]:
     """A message as plain JSON values, by its proto field names."""
-    plain: dict[str, Any] = json.loads(json.dumps(MessageToDict(message, preserving_proto_field_name=True)))
-    return plain
-
-
-def _write(writers: list[ClipWriter], frames: Any, progress: _Progress) -> None:
-    started = time.perf_counter()
-    for writer in writers:
-        writer.write(frames)
-    progress.mux_seconds += time.perf_counter() - started
-
-
-def _abort(writers: list[ClipWriter]) -> None:
-    for writer in writers:
-        writer.abort()
-
-
-def _stop_if_asked(live: LiveJob) -> None:
-    if live.stop_requested:
-        raise Stopped
+    return dict(MessageToDict(message, preserving_proto_field_name=True))

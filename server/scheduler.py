@@ -11,31 +11,21 @@ from collections.abc import Awaitable, Callable
 import grpc
 import structlog
 
-from cinecat.engines.errors import CoreDied, EngineError, EngineFault, ModelError, OutOfMemory
-from cinecat.plugins.registry import UnknownStyle
-from cinecat.server.artifacts import ArtifactError
+from cinecat.engines.errors import CoreDied, EngineError
 from cinecat.server.core_process import CoreProcess
 from cinecat.server.costs import Costs
-from cinecat.server.errors import RequestError, ShuttingDown
+from cinecat.server.errors import RequestError, ShuttingDown, explain, status_of
 from cinecat.server.jobs import Jobs, LiveJob
 from cinecat.server.metrics import Metrics
 from cinecat.server.models import token_count
-from cinecat.server.render import Rendered, Renderer, Stopped
+from cinecat.server.render import Renderer, Rendering, Stopped
 from cinecat.v1 import job_pb2 as pb
 from cinecat.v1 import models_pb2
 
 # A job that was running when the core died is tried once more; one that kills it twice would do so for ever.
 MAX_ATTEMPTS = 2
 
-_RESTART_PAUSES_S = (0.0, 1.0, 5.0, 15.0, 60.0)
-
-_CODES: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
-    (UnknownStyle, grpc.StatusCode.NOT_FOUND),
-    (OutOfMemory, grpc.StatusCode.RESOURCE_EXHAUSTED),
-    (EngineFault, grpc.StatusCode.INTERNAL),
-    (EngineError, grpc.StatusCode.FAILED_PRECONDITION),
-    (ArtifactError, grpc.StatusCode.UNAVAILABLE),
-)
+_PAUSES_S = (0.0, 1.0, 5.0, 15.0, 60.0)
 
 log = structlog.get_logger(__name__)
 
@@ -65,7 +55,7 @@ class Scheduler:
         self._on_core_state = on_core_state
         self._queue: deque[LiveJob] = deque()
         self._arrival = asyncio.Event()
-        self._running: LiveJob | None = None
+        self._rendering: Rendering | None = None
         self._finishing: set[asyncio.Task[None]] = set()
         self._drain = asyncio.Event()
         jobs.on_dequeued = self._tell_positions
@@ -88,35 +78,36 @@ class Scheduler:
         self._tell_positions()
 
     async def run(self) -> None:
-        """Works until `drain`."""
-        while not self._drain.is_set():
-            live = self._next()
-            if live is None:
-                await self._idle()
-                continue
-            self._running = live
-            try:
-                rendered = await self._guarded(live, self._renderer.render(live))
-            finally:
-                self._running = None
-            if rendered is not None:
-                finishing = asyncio.create_task(self._complete(live, rendered))
-                self._finishing.add(finishing)
-                finishing.add_done_callback(self._finishing.discard)
+        """Works until `drain`, one quantum after the other: the running job's next, else the next job's first."""
+        while self._rendering is not None or not self._drain.is_set():
+            if self._rendering is None:
+                if self._core.died.is_set():
+                    await self._restart_core()
+                    continue
+                live = self._next()
+                if live is None:
+                    await self._idle()
+                    continue
+                self._rendering = self._renderer.begin(live)
+            await self._advance(self._rendering)
 
     async def drain(self, worker: asyncio.Task[None], seconds: float, hurry: asyncio.Event) -> None:
-        """Starts no further job, gives the running one this long or until `hurry`, then puts it back into the queue."""
+        """Starts no further job, gives the running one this long or until `hurry`, then puts it back into the queue.
+
+        A job whose files are still being finished at the end of it is found unfinished by the next start.
+        """
         self._drain.set()
         self._arrival.set()
         hurrying = asyncio.create_task(hurry.wait())
         await asyncio.wait([worker, hurrying], timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-        hurrying.cancel()
         if not worker.done():
             # A forward cannot be interrupted, a process can.
             self._core.kill()
             await asyncio.wait([worker])
         if self._finishing:
-            await asyncio.wait(self._finishing)
+            finishing = asyncio.create_task(asyncio.wait(self._finishing))
+            await asyncio.wait({finishing, hurrying}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        hurrying.cancel()
 
     async def _idle(self) -> None:
         """Waits for a job, and replaces a core that dies with none."""
@@ -125,66 +116,84 @@ class Scheduler:
         await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         for wait in waits:
             wait.cancel()
-        if self._core.died.is_set() and not self._drain.is_set():
-            log.error("engine core died while idle")
-            await self._restart_core()
 
-    async def _complete(self, live: LiveJob, rendered: Rendered) -> None:
-        await self._guarded(live, rendered.finish())
-
-    async def _guarded(self, live: LiveJob, work: Awaitable[Rendered | None]) -> Rendered | None:
-        """Carries out a part of a job; whatever happens, the job ends up in a state that is true."""
-        result: Rendered | None = None
+    async def _advance(self, rendering: Rendering) -> None:
         try:
-            result = await work
-        except Stopped:
-            await self._stored(live, self._jobs.transition(live, pb.JOB_STATE_CANCELLED))
-        except CoreDied as error:
-            await self._after_death(live, error)
+            if not await rendering.advance():
+                return
+            await rendering.leave_core()
         except Exception as error:
-            code = next((code for kind, code in _CODES if isinstance(error, kind)), grpc.StatusCode.INTERNAL)
+            self._rendering = None
+            await self._give_up(rendering, error)
+            return
+        self._rendering = None
+        finishing = asyncio.create_task(self._finish(rendering))
+        self._finishing.add(finishing)
+        finishing.add_done_callback(self._finishing.discard)
+
+    async def _finish(self, rendering: Rendering) -> None:
+        try:
+            await rendering.finish()
+        except Exception as error:
+            await self._give_up(rendering, error)
+
+    async def _give_up(self, rendering: Rendering, error: Exception) -> None:
+        """Whatever happened, the job ends up in a state that is true, and nothing of it is left in core or files."""
+        live = rendering.live
+        await rendering.abandon()
+        if isinstance(error, Stopped) or (isinstance(error, CoreDied) and live.stop_requested):
+            await self._until_stored(live, lambda: self._jobs.transition(live, pb.JOB_STATE_CANCELLED))
+        elif isinstance(error, CoreDied):
+            await self._after_death(live, error)
+        else:
+            code = status_of(error)
             if code is grpc.StatusCode.INTERNAL:
                 log.error("job failed", job_id=live.job_id, exc_info=error)
-            await self._fail(live, code, f"{error}" or type(error).__name__)
-        return result
-
-    async def _fail(self, live: LiveJob, code: grpc.StatusCode, message: str) -> None:
-        await self._stored(live, self._jobs.fail(live, code.value[0], message))
-
-    async def _stored(self, live: LiveJob, transition: Awaitable[None]) -> bool:
-        try:
-            await transition
-        except Exception as error:
-            # Without its database the server can keep no promise about this job; the next restart finds it unfinished.
-            log.error("a transition could not be stored", job_id=live.job_id, exc_info=error)
-            return False
-        return True
+            await self._until_stored(live, lambda: self._jobs.fail(live, code.value[0], explain(error)))
 
     async def _after_death(self, live: LiveJob, error: CoreDied) -> None:
         log.error("engine core died", job_id=live.job_id, attempt=live.attempts, error=f"{error}")
-        if live.stop_requested:
-            await self._stored(live, self._jobs.transition(live, pb.JOB_STATE_CANCELLED))
-        elif self._drain.is_set():
+        if self._drain.is_set():
             live.attempts -= 1  # it was the server that stopped
-            await self._stored(live, self._jobs.requeue(live))
+            await self._until_stored(live, lambda: self._jobs.requeue(live))
         elif live.attempts < MAX_ATTEMPTS:
-            if await self._stored(live, self._jobs.requeue(live)):
+            if await self._until_stored(live, lambda: self._jobs.requeue(live)):
                 self._queue.appendleft(live)
+                self._tell_positions()
         else:
-            await self._fail(live, grpc.StatusCode.UNAVAILABLE, f"{error}, for the second time on this job")
-        await self._restart_core()
+            code, message = status_of(error).value[0], f"{error}; the job was tried {live.attempts} times"
+            await self._until_stored(live, lambda: self._jobs.fail(live, code, message))
+
+    async def _until_stored(self, live: LiveJob, transition: Callable[[], Awaitable[None]]) -> bool:
+        """Tries until the database takes it, so that no job hangs after a full disk; false when the drain came first,
+        and the next start finds the job unfinished.
+        """
+        for attempt in itertools.count():
+            try:
+                await transition()
+            except Exception as error:
+                log.error("a transition could not be stored", job_id=live.job_id, attempt=attempt, exc_info=error)
+            else:
+                return True
+            if await self._drained_within(_pause(attempt + 1)):
+                return False
+        raise AssertionError("unreachable")
+
+    async def _drained_within(self, seconds: float) -> bool:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._drain.wait(), seconds)
+        return self._drain.is_set()
 
     async def _restart_core(self) -> None:
+        """Tries until there is a core again, or the drain begins."""
+        log.error("engine core is gone; starting another")
         await self._on_core_state(False)
         for attempt in itertools.count():
-            pause = _RESTART_PAUSES_S[min(attempt, len(_RESTART_PAUSES_S) - 1)]
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._drain.wait(), pause)
-            if self._drain.is_set():
+            if await self._drained_within(_pause(attempt)):
                 return
             try:
                 await self._core.restart()
-            except (CoreDied, ModelError) as error:
+            except (EngineError, OSError) as error:
                 log.error("engine core does not start", attempt=attempt, error=f"{error}")
                 continue
             await self._on_core_state(True)
@@ -201,19 +210,22 @@ class Scheduler:
         return [live for live in self._queue if not live.ended]
 
     def _tell_positions(self) -> None:
-        """Writes position and ETA into every waiting job, and to those who watch one."""
+        """Tells every waiting job its position and ETA."""
         waiting = self._waiting()
         self._metrics.queue_depth.set(len(waiting))
-        running = [self._running] if self._running else []
+        running = self._rendering.live if self._rendering is not None else None
         ahead = 0.0
-        for position, live in enumerate([*running, *waiting]):
+        for position, live in enumerate([running, *waiting] if running is not None else waiting):
             clip = live.job.clip
             seconds = self._costs.remaining(live.job, token_count(self._model, clip.width, clip.height, clip.frames))
             ahead = float("nan") if seconds is None else ahead + seconds
-            if live is self._running:
+            if live is running:
                 continue
             live.job.progress.queue_position = position
             if ahead == ahead:
                 live.job.progress.eta.FromNanoseconds(int(ahead * 1e9))
-            if live.watchers:
-                self._jobs.progress(live)
+            self._jobs.progress(live)
+
+
+def _pause(attempt: int) -> float:
+    return _PAUSES_S[min(attempt, len(_PAUSES_S) - 1)]

@@ -66,7 +66,7 @@ class Settings(BaseModel):
         0, ge=0, le=2**31 - 1, description="tokens of one clip; 0 is 20480 on a CPU and 680400 (4K) on a GPU"
     )
     max_steps: int = Field(200, ge=1, le=10_000, description="denoising steps of one clip")
-    max_image_mib: int = Field(32, ge=1, le=512, description="size of an uploaded image file")
+    max_image_mib: int = Field(32, ge=1, le=32, description="size of an uploaded image file")
     max_image_megapixels: int = Field(100, ge=1, le=1000, description="pixels of an uploaded image")
 
     grace_seconds: float = Field(

@@ -17,6 +17,8 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
 from cinecat.server.lifecycle import FINAL_STATES
 from cinecat.v1 import job_pb2
 
+_SCHEMA_VERSION = 1
+
 
 class _Base(DeclarativeBase):
     pass
@@ -70,7 +72,13 @@ class JobStore:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._engine = create_engine(URL.create("sqlite", database=str(path)))
         event.listen(self._engine, "connect", _configure)
-        _Base.metadata.create_all(self._engine)
+        with self._engine.begin() as connection:
+            found = connection.exec_driver_sql("PRAGMA user_version").scalar_one()
+            if found not in (0, _SCHEMA_VERSION):
+                raise OSError(f"{path} has schema version {found}, this server reads {_SCHEMA_VERSION}")
+            _Base.metadata.create_all(connection)
+            if not found:
+                connection.exec_driver_sql(f"PRAGMA user_version = {_SCHEMA_VERSION}")
         self._session = sessionmaker(self._engine, expire_on_commit=False)
 
     def close(self) -> None:

@@ -18,10 +18,11 @@ class StyleCatalogue:
         self._model = model
 
     def styles(self) -> tuple[Style, ...]:
-        """By name, then newest version first."""
+        """By name, then newest version first. Reads the folders, and hashes what is new in them: use a thread."""
         return self._registry.styles()
 
     def problems(self) -> tuple[StyleProblem, ...]:
+        """Folders that cannot be offered. Reads as `styles` does."""
         return self._registry.problems()
 
     def find(self, name: str, version: str = "") -> Style:

@@ -10,8 +10,11 @@ from pathlib import Path
 import numpy as np
 import structlog
 from prometheus_client import CollectorRegistry
+from safetensors.numpy import save_file
 
 from cinecat.engines.errors import ModelError
+from cinecat.engines.messages import ModelInfo
+from cinecat.plugins.registry import StyleRegistry
 from cinecat.server.artifacts import ArtifactStore
 from cinecat.server.core_process import CoreProcess
 from cinecat.server.costs import Costs
@@ -29,8 +32,8 @@ _STEPS = 2
 log = structlog.get_logger(__name__)
 
 
-async def warm_up(core: CoreProcess, model: models_pb2.Model, catalogue: StyleCatalogue) -> None:
-    """Renders a clip of the smallest size with guidance and, where one fits, a style.
+async def warm_up(core: CoreProcess, info: ModelInfo, model: models_pb2.Model) -> None:
+    """Renders a clip of the smallest size, with guidance and a style made for the purpose.
 
     Raises:
         ModelError: the clip failed; requests would too.
@@ -40,27 +43,46 @@ async def warm_up(core: CoreProcess, model: models_pb2.Model, catalogue: StyleCa
     clip.CopyFrom(model.defaults)
     clip.width = clip.height = model.limits.min_size
     clip.frames, clip.steps, clip.guidance_scale, clip.seed, clip.prompt = _FRAMES, _STEPS, 2.0, 0, "warm-up"
-    style = next((style for style in catalogue.styles() if not catalogue.incompatibility(style)), None)
-    if style is not None:
-        clip.styles.add(name=style.manifest.name, version=style.manifest.version, strength=1.0)
     with (
         tempfile.TemporaryDirectory(prefix="cinecat-warmup-") as scratch,
         structlog.contextvars.bound_contextvars(warm_up=True),
     ):
         folder = Path(scratch)
+        style = _write_style(folder / "styles" / "warm-up", info)
+        clip.styles.add(name=style, version="1.0.0", strength=1.0)
+        catalogue = StyleCatalogue(StyleRegistry([folder / "styles"]), info)
         metrics = Metrics(CollectorRegistry())
         inputs = JobInputs(folder / "inputs")
         artifacts = ArtifactStore(str(folder / "artifacts"))
         jobs = Jobs(JobStore(folder / "jobs.sqlite"), inputs, 0.0, metrics)
-        renderer = Renderer(core, model.engine, jobs, catalogue, inputs, artifacts, metrics, Costs())
+        renderer = Renderer(core, model.name, model.engine, jobs, catalogue, inputs, artifacts, metrics, Costs())
         job = job_pb2.Job(job_id=uuid.uuid4().hex, clip=clip, detached=True)
         live, _ = await jobs.accept(job, np.full((clip.height, clip.width, 3), 127, dtype=np.uint8), "")
         assert live is not None
         try:
-            rendered = await renderer.render(live)
-            await rendered.finish()
+            rendering = renderer.begin(live)
+            while not await rendering.advance():
+                pass
+            await rendering.leave_core()
+            await rendering.finish()
         except Exception as error:
             raise ModelError(f"the warm-up failed: {error}") from error
         finally:
             await jobs.close()
-    log.info("warm", seconds=round(time.perf_counter() - started, 2), style=style.manifest.name if style else None)
+    log.info("warm", seconds=round(time.perf_counter() - started, 2))
+
+
+def _write_style(folder: Path, info: ModelInfo) -> str:
+    """A style of rank 1 that changes nothing, since none that is installed needs to fit the model. Returns its name."""
+    target, (in_features, out_features) = next(iter(info.style_targets.items()))
+    folder.mkdir(parents=True)
+    factors = {
+        f"transformer.{target}.lora_A.weight": np.ones((1, in_features), dtype=np.float32),
+        f"transformer.{target}.lora_B.weight": np.zeros((out_features, 1), dtype=np.float32),
+    }
+    save_file(factors, folder / "weights.safetensors")
+    (folder / "style.toml").write_text(
+        'name = "warm-up"\nversion = "1.0.0"\ntitle = "Warm-up"\n'
+        f'base_model = "{info.family}"\nweights = "weights.safetensors"\n'
+    )
+    return folder.name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -11,7 +12,7 @@ from google.protobuf.any_pb2 import Any as AnyMessage
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from cinecat.server.errors import RequestError
+from cinecat.server.errors import RequestError, explain, status_of
 from cinecat.server.metrics import Metrics
 
 # A gRPC client refuses trailers above 8 KiB. The message goes into them twice, once percent-encoded, once with the
@@ -63,8 +64,9 @@ class ErrorInterceptor(_Interceptor):
     def _streaming(self, method: str, behaviour: Any) -> Any:
         async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
             try:
-                async for response in behaviour(request, context):
-                    yield response
+                async with aclosing(behaviour(request, context)) as responses:
+                    async for response in responses:
+                        yield response
             except Exception as error:
                 await self._abort(method, error, context)
 
@@ -75,7 +77,7 @@ class ErrorInterceptor(_Interceptor):
             raise error
         if not isinstance(error, RequestError):
             log.error("rpc failed", method=method, exc_info=error)
-            error = RequestError(grpc.StatusCode.INTERNAL, "the server failed on this request; its log says why")
+            error = RequestError(status_of(error), explain(error))
         self._metrics.requests_refused.labels(method.rpartition("/")[2], error.code.name).inc()
         status = rpc_status.to_status(to_proto(error))
         await context.abort(status.code, status.details, status.trailing_metadata)

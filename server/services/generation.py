@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any, TypeAlias
 
 import grpc
 import numpy as np
 from numpy.typing import NDArray
 
-from cinecat.server.artifacts import ArtifactError, ArtifactNotFoundError, ArtifactStore
+from cinecat.server.artifacts import ArtifactStore
 from cinecat.server.errors import RequestError, Violation, invalid
 from cinecat.server.jobs import Jobs
 from cinecat.server.lifecycle import state_name
@@ -48,8 +49,9 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
         self, request: generation_pb2.GenerateRequest, context: Context
     ) -> AsyncIterator[job_pb2.JobEvent]:
         job = await self._accept(request.clip, request.request_id, detached=False)
-        async for event in self._jobs.watch(job.job_id, 0):
-            yield event
+        async with aclosing(self._jobs.watch(job.job_id, 0)) as events:
+            async for event in events:
+                yield event
 
     async def Submit(self, request: generation_pb2.SubmitRequest, context: Context) -> job_pb2.Job:  # noqa: N802
         return await self._accept(request.clip, request.request_id, detached=True)
@@ -59,8 +61,9 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
     ) -> AsyncIterator[job_pb2.JobEvent]:
         if request.after_sequence < 0:
             raise invalid([Violation("after_sequence", f"{request.after_sequence} is negative; 0 replays everything")])
-        async for event in self._jobs.watch(request.job_id, request.after_sequence):
-            yield event
+        async with aclosing(self._jobs.watch(request.job_id, request.after_sequence)) as events:
+            async for event in events:
+                yield event
 
     async def GetJob(self, request: generation_pb2.GetJobRequest, context: Context) -> job_pb2.Job:  # noqa: N802
         return await self._jobs.get(request.job_id)
@@ -100,23 +103,18 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
                 f"offset: {request.offset} is not between 0 and {artifact.size_bytes}, the size of {artifact.name}",
                 [Violation("offset", f"{request.offset} is not between 0 and {artifact.size_bytes}")],
             )
-        try:
-            chunks = await asyncio.to_thread(self._artifacts.open_range, job.job_id, artifact.name, request.offset)
-            offset = request.offset
-            while (data := await asyncio.to_thread(_next_chunk, chunks)) is not None:
-                yield generation_pb2.DownloadChunk(offset=offset, data=data, total_size_bytes=artifact.size_bytes)
-                offset += len(data)
-        except ArtifactNotFoundError as error:
-            raise RequestError(grpc.StatusCode.NOT_FOUND, f"{artifact.name} of this job is gone: {error}") from error
-        except ArtifactError as error:
-            raise RequestError(grpc.StatusCode.UNAVAILABLE, f"{error}") from error
+        chunks = await asyncio.to_thread(self._artifacts.open_range, job.job_id, artifact.name, request.offset)
+        offset = request.offset
+        while (data := await asyncio.to_thread(next, chunks, None)) is not None:
+            yield generation_pb2.DownloadChunk(offset=offset, data=data, total_size_bytes=artifact.size_bytes)
+            offset += len(data)
 
     async def _accept(self, clip: clip_pb2.ClipSpec, request_id: str, *, detached: bool) -> job_pb2.Job:
         """Turns a request into a persisted, queued job, or finds the one that it already became."""
         if len(request_id) > _MAX_REQUEST_ID:
             allowed = f"has {len(request_id)} characters, at most {_MAX_REQUEST_ID} are allowed"
             raise invalid([Violation("request_id", allowed)])
-        request_hash = hashlib.sha256(clip.SerializeToString(deterministic=True)).hexdigest()
+        request_hash = await asyncio.to_thread(_hash, clip)
         if request_id and (earlier := await self._jobs.by_request_id(request_id)) is not None:
             return _same_request(earlier.job, earlier.request_hash == request_hash)
         self._scheduler.admit()
@@ -139,7 +137,11 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
             assert existing is not None
             return _same_request(existing.job, existing.request_hash == request_hash)
         self._scheduler.enqueue(live)
-        return live.job
+        return live.known
+
+
+def _hash(clip: clip_pb2.ClipSpec) -> str:
+    return hashlib.sha256(clip.SerializeToString(deterministic=True)).hexdigest()
 
 
 def _same_request(job: job_pb2.Job, same: bool) -> job_pb2.Job:
@@ -164,7 +166,3 @@ def _artifact(job: job_pb2.Job, name: str) -> job_pb2.Artifact:
     if name not in artifacts:
         raise invalid([Violation("artifact", f"{name[:64]!r} is not one of {', '.join(artifacts)}", missing=True)])
     return artifacts[name]
-
-
-def _next_chunk(chunks: Iterator[bytes]) -> bytes | None:
-    return next(chunks, None)

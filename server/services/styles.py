@@ -30,7 +30,7 @@ class StylesService(styles_pb2_grpc.StylesServicer):
         response = styles_pb2.ListStylesResponse(
             styles=[self._to_proto(style) for style in styles[start : start + size]]
         )
-        for problem in self._catalogue.problems():
+        for problem in await asyncio.to_thread(self._catalogue.problems):
             folder = str(problem.folder).encode(errors="replace").decode()  # a name on disk need not be Unicode
             response.problems.add(folder=folder, reason=problem.reason)
         if start + size < len(styles):

@@ -40,7 +40,7 @@ BAD_CLIPS: list[tuple[str, dict[str, object], str, grpc.StatusCode, str]] = [
     ("a size that is no multiple", {"width": 100, "height": 64}, "clip.width", INVALID, "multiple of 16"),
     ("a negative size", {"width": 64, "height": -64}, "clip.height", INVALID, "nearest: 32"),
     ("too many tokens", {"width": 4096, "height": 4096}, "clip.frames", INVALID, "at most 20480"),
-    ("frames not 4k+1", {"frames": 16}, "clip.frames", INVALID, "nearest: 13"),
+    ("frames not 4k+1", {"frames": 16}, "clip.frames", INVALID, "nearest: 17"),
     ("no steps", {"steps": 0}, "clip.steps", INVALID, "between 1 and 200"),
     ("a million steps", {"steps": 10**6}, "clip.steps", INVALID, "between 1 and 200"),
     ("nan guidance", {"guidance_scale": float("nan")}, "clip.guidance_scale", INVALID, "between 0 and 30"),

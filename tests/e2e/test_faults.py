@@ -69,7 +69,7 @@ def test_a_job_survives_the_death_of_its_core_and_fails_at_the_second(
         os.kill(core_pid(server), signal.SIGKILL)
         last = list(stream)[-1].job
         assert last.state == pb.JOB_STATE_FAILED
-        assert "second time" in last.error.message
+        assert "was tried 2 times" in last.error.message
         assert last.error.code == grpc.StatusCode.UNAVAILABLE.value[0]
         # The job behind it is not the worse for it.
         events = list(generation.Watch(generation_pb2.WatchRequest(job_id=waiting.job_id)))

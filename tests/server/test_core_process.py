@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 from dataclasses import replace
@@ -168,7 +169,7 @@ def test_a_core_that_was_never_started_cannot_be_called() -> None:
 
 @pytest.mark.parametrize("dtype", ["uint8", "float32"])
 def test_frames_are_copied_out_of_the_shared_memory(dtype: str) -> None:
-    with FrameBuffer(2, 3, 4, dtype) as buffer:  # type: ignore[arg-type]
+    with contextlib.closing(FrameBuffer(2, 3, 4, dtype)) as buffer:  # type: ignore[arg-type]
         other_side = SharedMemory(name=buffer.name)
         written = np.ndarray((4, 2, 3, 3), dtype, buffer=other_side.buf)
         written[:] = np.arange(72).reshape(4, 2, 3, 3)
@@ -180,10 +181,13 @@ def test_frames_are_copied_out_of_the_shared_memory(dtype: str) -> None:
     np.testing.assert_array_equal(frames, np.arange(54).reshape(3, 2, 3, 3))
 
 
-def test_shared_memory_is_given_back_even_after_an_error() -> None:
+def test_shared_memory_is_given_back() -> None:
     buffer = FrameBuffer(2, 2, 4, "uint8")
-    name = buffer.name
-    with pytest.raises(RuntimeError, match="torn"), buffer:
-        raise RuntimeError("torn")
+    buffer.close()
     with pytest.raises(FileNotFoundError):
-        SharedMemory(name=name)
+        SharedMemory(name=buffer.name)
+
+
+def test_too_little_shared_memory_is_refused_before_the_core_meets_it() -> None:
+    with pytest.raises(OutOfMemory, match="raise --shm-size"):
+        FrameBuffer(1_000_000, 1_000_000, 4, "float32")

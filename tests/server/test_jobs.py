@@ -425,6 +425,7 @@ def test_lists_show_the_progress_of_what_runs(tmp_path: Path) -> None:
             live = await f.accept(new_job())
             await move(f.jobs, live, CONDITIONING, DENOISING)
             live.job.progress.step = 2
+            f.jobs.progress(live)
             (listed,) = await f.jobs.page(10, None, [DENOISING])
             assert listed.progress.step == (await f.jobs.get(live.job_id)).progress.step == 2
 
@@ -436,7 +437,6 @@ def test_a_failed_job_says_why_and_has_no_result(tmp_path: Path) -> None:
         async with front(tmp_path) as f:
             live = await f.accept(new_job())
             await move(f.jobs, live, CONDITIONING, DENOISING)
-            live.job.result.tokens_used = 5
             await f.jobs.fail(live, 13, "the engine failed")
             job = await f.jobs.get(live.job_id)
             assert (job.state, job.error.code, job.error.message) == (pb.JOB_STATE_FAILED, 13, "the engine failed")

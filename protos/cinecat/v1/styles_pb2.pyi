@@ -41,7 +41,9 @@ class Style(_message.Message):
     default_strength: _builtins.float
     """Strength when the request gives none."""
     base_model: _builtins.str
-    """Family of the base model it was made for, e.g. "wan2.1-i2v-tiny"."""
+    """Family of the base model it was made for, e.g. "wan2.1-i2v-tiny". For people: whether the server's model can wear
+    it depends on the layers alone, see `compatible`.
+    """
     rank: _builtins.int
     """Largest LoRA rank in the file."""
     license: _builtins.str
