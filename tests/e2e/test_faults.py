@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import time
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 import grpc
@@ -36,6 +38,13 @@ def metric(server: LocalServer, line: str) -> float:
     with urllib.request.urlopen(f"http://127.0.0.1:{server.metrics_port}/metrics") as answer:
         lines = answer.read().decode().splitlines()
     return next(float(found.rpartition(" ")[2]) for found in lines if found.startswith(line))
+
+
+def eventually(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def until(stream: object, state: int) -> pb.JobEvent:
@@ -83,8 +92,7 @@ def test_an_idle_core_that_dies_is_replaced_before_the_next_request(
 ) -> None:
     with start_server(tmp_path) as server, grpc.insecure_channel(server.address) as channel:  # type: ignore[operator]
         os.kill(core_pid(server), signal.SIGKILL)
-        while metric(server, "cinecat_core_restarts_total") < 1:
-            pass
+        eventually(lambda: metric(server, "cinecat_core_restarts_total") == 1)
         *_, last = Stub(channel).Generate(generation_pb2.GenerateRequest(clip=small_clip))
         assert last.job.state == pb.JOB_STATE_SUCCEEDED
         assert metric(server, 'cinecat_jobs_ended_total{outcome="succeeded"}') == 1
@@ -101,13 +109,13 @@ def test_sigterm_keeps_what_it_cannot_finish_for_the_next_start(
         stream = generation.Generate(generation_pb2.GenerateRequest(clip=long_clip))
         running = until(stream, pb.JOB_STATE_DENOISING)
         waiting = generation.Submit(generation_pb2.SubmitRequest(clip=long_clip))
+        core = core_pid(server)
         server.process.send_signal(signal.SIGTERM)
         with pytest.raises(grpc.RpcError) as dropped:
             list(stream)
         assert dropped.value.code() == grpc.StatusCode.UNAVAILABLE
-        core = core_pid(server) if server.process.poll() is None else 0
-        assert server.process.wait(30) == 0  # and once more as the block ends
-    assert not (core and is_alive(core))
+        assert server.process.wait(30) == 0
+    assert not is_alive(core)
     with start_server(tmp_path) as server, grpc.insecure_channel(server.address) as channel:  # type: ignore[operator]
         generation = Stub(channel)
         request = generation_pb2.WatchRequest(job_id=running.job.job_id, after_sequence=running.sequence)
@@ -138,8 +146,7 @@ def test_a_killed_server_takes_its_core_along_and_loses_no_job(
         until(generation.Watch(generation_pb2.WatchRequest(job_id=job.job_id)), pb.JOB_STATE_DENOISING)
         core = core_pid(server)
         server.process.kill()
-        while is_alive(core):
-            pass
+        eventually(lambda: not is_alive(core))
     with start_server(tmp_path) as server, grpc.insecure_channel(server.address) as channel:  # type: ignore[operator]
         generation = Stub(channel)
         same = generation.Submit(generation_pb2.SubmitRequest(clip=long_clip, request_id="once"))
