@@ -19,6 +19,8 @@ __all__ = ["DecodedImage", "Fit", "FittedImage", "ImageError", "decode_image", "
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_END = b"IEND\xaeB`\x82"
+_JPEG_SCAN = b"\xff\xda"
+_MAX_JPEG_SCANS = 100  # cameras and editors write 1 to about 15, and a thumbnail may add its own
 _ORIENTATION = 0x0112
 
 
@@ -130,6 +132,9 @@ def _read_png(data: bytes, max_pixels: int) -> RawImage:
 
 
 def _read_jpeg(data: bytes, max_pixels: int) -> RawImage:
+    # A progressive file paints the whole picture once for each scan: a few hundred bytes cost a second.
+    if (scans := data.count(_JPEG_SCAN)) > _MAX_JPEG_SCANS:
+        raise ImageError(f"the image is painted in {scans} scans, at most {_MAX_JPEG_SCANS} are allowed; save it anew")
     # A multi-picture file is read as the JPEG that it starts with, which is its picture.
     return _from_pillow(JpegImagePlugin.JpegImageFile(io.BytesIO(data)), max_pixels)
 

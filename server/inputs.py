@@ -21,11 +21,15 @@ class JobInputs:
     def save(self, job_id: str, frame: NDArray[np.uint8]) -> None:
         """Keeps uint8 [height, width, 3], exactly."""
         staging = self._path(job_id).with_suffix(".tmp")
-        with staging.open("wb") as file:
-            Image.fromarray(frame).save(file, format="PNG", compress_level=1)
-            file.flush()
-            os.fsync(file.fileno())  # the database says that it is there
-        staging.rename(self._path(job_id))
+        try:
+            with staging.open("wb") as file:
+                Image.fromarray(frame).save(file, format="PNG", compress_level=1)
+                file.flush()
+                os.fsync(file.fileno())  # the database says that it is there
+            staging.rename(self._path(job_id))
+        except BaseException:
+            staging.unlink(missing_ok=True)
+            raise
 
     def load(self, job_id: str) -> NDArray[np.uint8]:
         with Image.open(self._path(job_id)) as image:

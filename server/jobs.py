@@ -14,11 +14,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import grpc
 import numpy as np
 import structlog
 from numpy.typing import NDArray
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
-from cinecat.server.errors import ShuttingDown, unknown_job
+from cinecat.server.errors import RequestError, ShuttingDown, unknown_job
 from cinecat.server.inputs import JobInputs
 from cinecat.server.lifecycle import FINAL_STATES, check_transition, state_name
 from cinecat.server.metrics import Metrics
@@ -338,6 +340,9 @@ class Jobs:
         try:
             self._inputs.save(job_id, frame)
             existing = self._store.insert(stored, first)
+        except (OSError, SQLAlchemyError) as error:
+            cause = error.orig if isinstance(error, DBAPIError) else error
+            raise RequestError(grpc.StatusCode.UNAVAILABLE, f"the job cannot be stored now: {cause}") from error
         finally:
             if existing is not None:
                 self._inputs.delete(job_id)

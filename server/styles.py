@@ -6,8 +6,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from cinecat.engines.messages import ModelInfo, StyleUse
-from cinecat.plugins.registry import Style, StyleProblem, StyleRegistry
+from cinecat.plugins.registry import Style, StyleProblem, StyleRegistry, UnknownStyle
 from cinecat.v1 import clip_pb2
+
+_MAX_NAME = 64
 
 
 class StyleCatalogue:
@@ -27,6 +29,8 @@ class StyleCatalogue:
 
     def find(self, name: str, version: str = "") -> Style:
         """Raises UnknownStyle, naming those there are."""
+        if max(len(name), len(version)) > _MAX_NAME:
+            raise UnknownStyle(f"no style has a name or version of more than {_MAX_NAME} characters")
         return self._registry.find(name, version)
 
     def incompatibility(self, style: Style) -> str:

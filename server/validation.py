@@ -18,6 +18,7 @@ from cinecat.server.styles import StyleCatalogue
 from cinecat.v1 import clip_pb2, models_pb2
 
 MAX_STRENGTH = 4.0
+MAX_ARTIFACTS = 8
 MAX_SEED = 2**63 - 1
 
 _FITS = {clip_pb2.FIT_CROP: Fit.CROP, clip_pb2.FIT_PAD: Fit.PAD, clip_pb2.FIT_STRETCH: Fit.STRETCH}
@@ -166,7 +167,12 @@ def _choices(clip: clip_pb2.ClipSpec, resolved: clip_pb2.ClipSpec, model: models
     budget = tokenization.WhichOneof("budget")
     if budget and tokenization.mode != clip_pb2.Tokenization.CAT:
         violations.append(Violation(f"clip.tokenization.{budget}", "must be unset unless mode is CAT"))
-    if clip.artifact_formats:
+    if len(clip.artifact_formats) > MAX_ARTIFACTS:
+        count = len(clip.artifact_formats)
+        violations.append(
+            Violation("clip.artifact_formats", f"names {count} files, at most {MAX_ARTIFACTS} are written")
+        )
+    elif clip.artifact_formats:
         del resolved.artifact_formats[:]
         formats = (value or clip_pb2.ARTIFACT_FORMAT_MP4_H264 for value in clip.artifact_formats)
         resolved.artifact_formats.extend(dict.fromkeys(formats))

@@ -97,6 +97,8 @@ def check_output(output: str | os.PathLike[str] | None) -> Path | None:
     problem = ""
     if path.is_dir():
         problem = f"{path} is a folder; give a file"
+    elif path.exists() and not path.is_file():
+        problem = f"{path} is not a regular file, and would be replaced by one"
     elif not path.parent.is_dir():
         problem = f"{path.parent} is not a folder; create it first"
     elif not os.access(path.parent, os.W_OK):

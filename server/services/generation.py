@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
+from functools import partial
 from typing import Any, TypeAlias
 
 import grpc
@@ -20,7 +22,7 @@ from cinecat.server.lifecycle import state_name
 from cinecat.server.scheduler import Scheduler
 from cinecat.server.services.paging import decode_token, encode_token, page_size
 from cinecat.server.styles import StyleCatalogue
-from cinecat.server.validation import check_clip
+from cinecat.server.validation import AcceptableClip, check_clip
 from cinecat.v1 import clip_pb2, generation_pb2, generation_pb2_grpc, job_pb2, models_pb2
 
 _MAX_REQUEST_ID = 64
@@ -44,6 +46,8 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
         self._model = model
         self._catalogue = catalogue
         self._artifacts = artifacts
+        # Its own threads: images that are slow to decode must not keep accepted jobs from theirs.
+        self._checkers = ThreadPoolExecutor(2, thread_name_prefix="check")
 
     async def Generate(  # noqa: N802
         self, request: generation_pb2.GenerateRequest, context: Context
@@ -72,6 +76,8 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
         self, request: generation_pb2.ListJobsRequest, context: Context
     ) -> generation_pb2.ListJobsResponse:
         known = job_pb2.JobState.values()
+        if len(request.states) > len(known):
+            raise invalid([Violation("states", f"names {len(request.states)} states, there are {len(known)}")])
         violations = [
             Violation(f"states[{index}]", f"{state} is not a JobState")
             for index, state in enumerate(request.states)
@@ -118,7 +124,7 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
         if request_id and (earlier := await self._jobs.by_request_id(request_id)) is not None:
             return _same_request(earlier.job, earlier.request_hash == request_hash)
         self._scheduler.admit()
-        acceptable = await asyncio.to_thread(check_clip, clip, self._model, self._catalogue)
+        acceptable = await self._in_checker(partial(check_clip, clip, self._model, self._catalogue))
         self._scheduler.admit()
         job = job_pb2.Job(
             job_id=uuid.uuid4().hex,
@@ -130,6 +136,9 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
         )
         # A client that vanishes from here on leaves a job that is stored and queued, or none.
         return await asyncio.shield(asyncio.ensure_future(self._enqueue(job, request_hash, acceptable.frame)))
+
+    async def _in_checker(self, work: Callable[[], AcceptableClip]) -> AcceptableClip:
+        return await asyncio.get_running_loop().run_in_executor(self._checkers, work)
 
     async def _enqueue(self, job: job_pb2.Job, request_hash: str, frame: NDArray[np.uint8]) -> job_pb2.Job:
         live, existing = await self._jobs.accept(job, frame, request_hash)

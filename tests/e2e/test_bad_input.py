@@ -64,6 +64,14 @@ BAD_CLIPS: list[tuple[str, dict[str, object], str, grpc.StatusCode, str]] = [
         INVALID,
         "UNIFORM",
     ),
+    ("a million files", {"artifact_formats": [1] * 10**6}, "clip.artifact_formats", INVALID, "at most 8"),
+    (
+        "a style with an endless name",
+        {"styles": [clip_pb2.StyleRef(name="x" * 10**6)]},
+        "clip.styles[0].name",
+        NOT_FOUND,
+        "more than 64 characters",
+    ),
     ("an enum of the future", {"fit": 99}, "clip.fit", INVALID, "FIT_CROP"),
 ]
 
@@ -190,6 +198,7 @@ def test_an_unknown_artifact_is_not_found_and_an_early_download_is_refused(
         (generation_pb2.ListJobsRequest(page_size=1001), "page_size"),
         (generation_pb2.ListJobsRequest(page_token="garbage"), "page_token"),
         (generation_pb2.ListJobsRequest(states=[77]), "states[0]"),
+        (generation_pb2.ListJobsRequest(states=[1] * 300_000), "states"),
     ],
 )
 def test_a_bad_list_request_is_refused(generation: Stub, request_: generation_pb2.ListJobsRequest, field: str) -> None:

@@ -446,3 +446,12 @@ def test_scaling_is_lanczos() -> None:
 def test_a_size_below_one_pixel_is_a_mistake_of_the_caller() -> None:
     with pytest.raises(ValueError, match="at least 1"):
         fit_image(DecodedImage(RGB, ()), 0, 12)
+
+
+def test_a_jpeg_of_many_scans_is_refused_before_it_is_painted() -> None:
+    file = io.BytesIO()
+    Image.new("L", (64, 64)).save(file, "JPEG", progressive=True)
+    head, scan, rest = file.getvalue().partition(b"\xff\xda")
+    bomb = head + (scan + b"\x00\x08\x01\x01\x00\x01\x05\x00") * 500 + scan + rest
+    with pytest.raises(ImageError, match="scans, at most 100 are allowed"):
+        decode_image(bomb, max_bytes=10**6, max_pixels=10**6)

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import grpc
 import pytest
 
 from cinecat.server.errors import RequestError, ShuttingDown
@@ -395,8 +396,9 @@ def test_a_job_that_cannot_be_stored_is_not_accepted(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with front(tmp_path) as f:
             f.store.broken = True
-            with pytest.raises(OSError, match="disk full"):
+            with pytest.raises(RequestError, match="cannot be stored now: disk full") as refused:
                 await f.accept(new_job("job"))
+            assert refused.value.code is grpc.StatusCode.UNAVAILABLE
             assert f.jobs.live("job") is None
             assert await f.jobs.page(10, None, []) == []
             assert list((tmp_path / "inputs").iterdir()) == []

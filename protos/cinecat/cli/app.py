@@ -40,7 +40,8 @@ def run(arguments: Sequence[str]) -> int:
         context = getattr(error, "ctx", None)
         where = context.command_path if context is not None else "cinecat"
         message = str(describe()).rstrip(".")
-        return _report(out.usage_error(f"{message}. See: {where} --help"), as_json=as_json)
+        message += "" if message.endswith("?") else "."
+        return _report(out.usage_error(f"{message} See: {where} --help"), as_json=as_json)
     return result if isinstance(result, int) else 0
 
 
