@@ -12,6 +12,7 @@ import typer.main
 GROUP = "cinecat.commands"
 _SUMMARIES = {
     "serve": "Serve a model over gRPC.",
+    "train-tiny": "Train the bundled model on the procedural film set.",
     "bench": "Measure Cinecat against its rivals, side by side in one run.",
 }
 

@@ -1,0 +1,1 @@
+"""Training of wan-tiny: the film set, the VAE, the transformer and their measurements."""

@@ -1,0 +1,144 @@
+"""All of wan-tiny's training, from a seed to a checkpoint folder: VAE, latents, transformer in stages."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from torch import Tensor
+
+from cinecat.engines.checkpoint import find_checkpoint
+from cinecat.engines.model import WanModel, load_model
+from cinecat.engines.tiny import WAN_TINY, TinyConfig, build_tiny
+from cinecat.engines.training.dit import DitRecipe, train_dit
+from cinecat.engines.training.film import HELD_OUT, make_clip
+from cinecat.engines.training.latents import LatentSet, cropped_clip, encode_films
+from cinecat.engines.training.progress import Journal, training_bar
+from cinecat.engines.training.vae import VaeRecipe, encode, latent_statistics, to_video, train_vae
+
+_PROBE_SEEDS = HELD_OUT + 500_000
+_STATISTICS_SEEDS = HELD_OUT - 1000
+_PART = 100
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the transformer's training at one frame size.
+
+    Attributes:
+        side: frame size that the films are made for.
+        crop: side of the window that is trained on; `side` for the whole frame.
+        first_seed, clips: of the training films.
+        probes: held-out films for the loss.
+    """
+
+    name: str
+    crop: int
+    recipe: DitRecipe
+    side: int = 128
+    frames: int = 17
+    first_seed: int = 0
+    clips: int = 1200
+    probes: int = 32
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """Everything that decides what comes out."""
+
+    vae: VaeRecipe = field(default_factory=VaeRecipe)
+    stages: tuple[Stage, ...] = (
+        Stage("dit-64", 64, DitRecipe(steps=1000, batch=32)),
+        Stage("dit-128", 128, DitRecipe(steps=400, batch=8, learning_rate=5e-4), first_seed=100_000, clips=400),
+    )
+    model: TinyConfig = WAN_TINY
+
+
+def train_tiny(folder: Path, work: Path, plan: TrainingPlan, save_seconds: float = 120.0) -> None:
+    """Trains and writes the checkpoint folder; a run that was stopped goes on where `work` says it was.
+
+    Args:
+        folder: where the checkpoint goes; it must not exist.
+        work: checkpoints, curves and latents of the run.
+
+    Raises:
+        FileExistsError: `folder` is there already.
+    """
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists; name a new folder or move it away")
+    draft = work / "model"
+    if not draft.exists():
+        build_tiny(draft, plan.model)
+    if not (work / "vae.done").exists():
+        _train_vae(draft, work, plan, save_seconds)
+    model = load_model(find_checkpoint(str(draft), work), "cpu", "float32")
+    for number, stage in enumerate(plan.stages):
+        train = encoded(model, stage, work, range(stage.first_seed, stage.first_seed + stage.clips), stage.name)
+        probes = encoded(model, stage, work, range(_PROBE_SEEDS, _PROBE_SEEDS + stage.probes), f"{stage.name}-probe")
+        journal = Journal(work, stage.name)
+        train_dit(model.transformer, train, probes, stage.recipe, journal, save_seconds, fresh=number == 0)
+    write_checkpoint(draft, model.transformer, folder, plan)
+
+
+def _train_vae(draft: Path, work: Path, plan: TrainingPlan, save_seconds: float) -> None:
+    vae = AutoencoderKLWan.from_pretrained(draft / "vae")
+    train_vae(vae, plan.vae, Journal(work, "vae"), save_seconds)
+    finish_vae(vae, draft / "vae", plan.vae.side)
+    (work / "vae.done").touch()
+
+
+@torch.no_grad()
+def finish_vae(vae: AutoencoderKLWan, folder: Path, side: int, clips: int = 48) -> None:
+    """Measures the latents' statistics, which its config then holds, and saves the VAE."""
+    latents: list[Tensor] = [
+        encode(vae, to_video(make_clip(seed, 17, side, side).frames)[None])
+        for seed in range(_STATISTICS_SEEDS, _STATISTICS_SEEDS + clips)
+    ]
+    mean, std = latent_statistics(torch.cat(latents))
+    vae.register_to_config(latents_mean=mean, latents_std=std)
+    vae.save_pretrained(folder, safe_serialization=True)
+
+
+def encoded(model: WanModel, stage: Stage, work: Path, seeds: range, name: str) -> LatentSet:
+    """A stage's films in latents, computed in parts that are kept in `work`."""
+    parts = []
+    with training_bar(f"latents {name}", 0, len(seeds)) as move:
+        for start in range(0, len(seeds), _PART):
+            path = work / f"{name}-{start}.latents"
+            some = seeds[start : start + _PART]
+            if not path.exists():
+                encode_films(
+                    model,
+                    lambda seed: cropped_clip(seed, stage.frames, stage.side, stage.crop),
+                    some,
+                    lambda done, start=start: move(start + done, ""),  # type: ignore[misc]
+                ).save(path)
+            parts.append(LatentSet.load(path))
+            move(start + len(some), "")
+    return joined(parts)
+
+
+def joined(parts: list[LatentSet]) -> LatentSet:
+    """One set of several from one model."""
+    shared = {"empty_text": parts[0].empty_text, "empty_count": parts[0].empty_count}
+    per_film = [f.name for f in fields(LatentSet) if f.name not in shared]
+    return LatentSet(**{name: torch.cat([getattr(part, name) for part in parts]) for name in per_film}, **shared)
+
+
+def write_checkpoint(draft: Path, transformer: WanTransformer3DModel, folder: Path, plan: TrainingPlan) -> None:
+    """Writes the folder at once: the draft with the trained transformer, in half precision."""
+    staging = folder.with_name(f".{folder.name}-staging")
+    shutil.rmtree(staging, ignore_errors=True)
+    shutil.copytree(draft, staging)
+    shutil.rmtree(staging / "transformer")
+    half = WanTransformer3DModel.from_config(transformer.config)
+    half.load_state_dict(transformer.state_dict())
+    half.half().save_pretrained(staging / "transformer", safe_serialization=True)
+    about = json.loads((staging / "cinecat.json").read_text())
+    about["training"] = asdict(plan) | {"model": None}
+    (staging / "cinecat.json").write_text(json.dumps(about, indent=2))
+    staging.rename(folder)

@@ -1,0 +1,269 @@
+"""Training of the VAE: near-isometric start, single images first, then clips, one cosine over both."""
+
+from __future__ import annotations
+
+import math
+import time
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLWan
+from torch import Tensor, nn
+from torch.nn import functional
+
+from cinecat.engines.messages import VAE_TEMPORAL_STRIDE
+from cinecat.engines.training.film import HELD_OUT, Window, make_clip, render
+from cinecat.engines.training.progress import Journal, Pulse, training_bar
+from cinecat.engines.training.scenes import draw_scene
+
+
+@dataclass(frozen=True)
+class VaeRecipe:
+    """How the VAE is trained.
+
+    Attributes:
+        steps: optimiser steps; the learning rate's cosine ends there.
+        image_share: part of the steps that see single images.
+        encoder_share: part of the steps that train the encoder; later ones train the decoder alone, which leaves
+            the latents as they are, so that the transformer can be trained meanwhile.
+        crop: side of the square training crops, of frames with a short side of `side`.
+        image_batch, clip_batch: crops per step.
+        clip_frames: 4k + 1.
+        history_warmup: clip steps over which the kernels' older slices are released. Images never reach them, so the
+            optimiser knows nothing of them, and its first full steps there would undo what the images taught.
+        noise: standard deviation added to the latents, so that the decoder forgives the denoiser.
+    """
+
+    steps: int = 1500
+    image_share: float = 0.4
+    encoder_share: float = 1.0
+    side: int = 128
+    crop: int = 64
+    image_batch: int = 16
+    clip_batch: int = 4
+    clip_frames: int = 9
+    learning_rate: float = 1e-3
+    warmup: int = 30
+    history_warmup: int = 200
+    noise: float = 0.02
+    seed: int = 21
+
+
+def initialise(vae: AutoencoderKLWan, seed: int) -> None:
+    """Starts every path near an isometry of each frame by itself: the default start stalls for hundreds of steps.
+
+    Orthogonal kernels in the newest frame's slice, nothing in the older ones, residual branches silent, and
+    resampling in time as a copy.
+    """
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        for name, module in vae.named_modules():
+            if not isinstance(module, nn.Conv2d | nn.Conv3d):
+                continue
+            if module.bias is not None:
+                module.bias.zero_()
+            weight = module.weight
+            if isinstance(module, nn.Conv2d):
+                kernel = weight
+            else:
+                weight.zero_()
+                kernel = weight[:, :, -1]
+            if name.endswith("time_conv"):
+                copies = weight.shape[0] // weight.shape[1]
+                kernel[:, :, 0, 0] = torch.eye(weight.shape[1]).repeat(copies, 1)
+            elif name.endswith(("conv2", ".proj")):
+                kernel.zero_()
+            else:
+                matrix = torch.empty(kernel.shape[0], kernel[0].numel())
+                kernel.copy_(nn.init.orthogonal_(matrix).view(kernel.shape))
+
+
+def encode(vae: AutoencoderKLWan, video: Tensor) -> Tensor:
+    """Latent modes [B, 16, (F - 1) / 4 + 1, H / 8, W / 8] of video [B, 3, F, H, W] in [-1, 1], before normalising."""
+    cache: list[Any] = [None] * vae._cached_conv_counts["encoder"]
+    chunks = [video[:, :, :1], *torch.split(video[:, :, 1:], VAE_TEMPORAL_STRIDE, dim=2)]
+    encoded = [vae.encoder(chunk, feat_cache=cache, feat_idx=[0]) for chunk in chunks if chunk.shape[2]]
+    modes: Tensor = vae.quant_conv(torch.cat(encoded, dim=2)).chunk(2, dim=1)[0]
+    return modes
+
+
+def decode(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
+    """Video [B, 3, F, H, W], unclamped, of latents as VAE input."""
+    cache: list[Any] = [None] * vae._cached_conv_counts["decoder"]
+    frames = vae.post_quant_conv(latents).split(1, dim=2)
+    decoded = [
+        vae.decoder(frame, feat_cache=cache, feat_idx=[0], first_chunk=index == 0) for index, frame in enumerate(frames)
+    ]
+    return torch.cat(decoded, dim=2)
+
+
+def to_video(frames: np.ndarray[Any, np.dtype[np.uint8]]) -> Tensor:
+    """Float32 [3, F, H, W] in [-1, 1] of uint8 [F, H, W, 3]."""
+    return torch.from_numpy(frames).permute(3, 0, 1, 2).float() / 127.5 - 1.0
+
+
+def psnr(first: Tensor, second: Tensor, peak: float = 2.0) -> float:
+    """Decibels over all elements; `peak` is the range of the values."""
+    error = float((first.float() - second.float()).square().mean())
+    return 99.0 if error == 0.0 else 10 * math.log10(peak**2 / error)
+
+
+def train_vae(
+    vae: AutoencoderKLWan, recipe: VaeRecipe, journal: Journal, save_seconds: float = 120.0, clips: int = 6
+) -> None:
+    """Trains in place, resuming from the journal's checkpoint.
+
+    Every step's data is drawn from its number, so a resumed run sees what an uninterrupted one would have seen.
+
+    Args:
+        save_seconds: between checkpoints; each also measures the held-out clips.
+        clips: held-out clips of 17 frames.
+    """
+    initialise(vae, recipe.seed)
+    optimiser = torch.optim.AdamW(vae.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
+    step, seconds = 0, 0.0
+    state = journal.load()
+    if state is not None:
+        vae.load_state_dict(state["model"])
+        optimiser.load_state_dict(state["optimiser"])
+        step, seconds = int(state["step"]), float(state["seconds"])
+        journal.rewind(step)
+    held_out = _held_out(recipe, clips)
+    encoder_steps = round(recipe.steps * recipe.encoder_share)
+    _use_flat_convolutions(vae)
+    vae.train().requires_grad_(True)
+    pulse, running = Pulse(save_seconds), 0.0
+    with training_bar("VAE", step, recipe.steps) as move:
+        while step < recipe.steps:
+            started = time.monotonic()
+            images = step < recipe.steps * recipe.image_share
+            rate = learning_rate(step, recipe.steps, recipe.warmup) * recipe.learning_rate
+            for group in optimiser.param_groups:
+                group["lr"] = rate
+            video = _batch(recipe, step, images)
+            with torch.set_grad_enabled(step < encoder_steps):
+                latents = encode(vae, video)
+            generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
+            noise = torch.randn(latents.shape, generator=generator)
+            error = decode(vae, latents + recipe.noise * noise) - video
+            # Keeps latents near unit scale, where the noise means something.
+            loss = error.abs().mean() + 4 * error.square().mean() + 1e-4 * latents.square().mean()
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+            clip_steps = step - recipe.steps * recipe.image_share
+            with _released(vae, min(0.05 + clip_steps / recipe.history_warmup, 1.0)):
+                optimiser.step()
+            step += 1
+            seconds += time.monotonic() - started
+            value = float(loss.detach())
+            running = value if running == 0.0 else 0.97 * running + 0.03 * value
+            move(step, f"loss {running:.4f}")
+            if pulse.due() or step in (encoder_steps, recipe.steps):
+                measured = held_out_psnr(vae, held_out)
+                journal.log(
+                    {
+                        "step": step,
+                        "seconds": round(seconds, 1),
+                        "kind": "images" if images else "clips",
+                        "learning_rate": f"{rate:.2e}",
+                        "loss": round(running, 5),
+                        **{name: round(value, 3) for name, value in measured.items()},
+                    }
+                )
+                journal.save(
+                    {"model": vae.state_dict(), "optimiser": optimiser.state_dict(), "step": step, "seconds": seconds}
+                )
+    vae.eval().requires_grad_(False)
+
+
+@contextmanager
+def _released(vae: AutoencoderKLWan, share: float) -> Iterator[None]:
+    """Lets only a share of what the optimiser does inside reach the older slices of kernels in time."""
+    older = [m.weight.detach()[:, :, :-1] for m in vae.modules() if isinstance(m, nn.Conv3d) and m.kernel_size[0] > 1]
+    before = [weight.clone() for weight in older] if 0.0 < share < 1.0 else []
+    yield
+    if before:
+        torch._foreach_lerp_(before, older, share)
+        for weight, kept in zip(older, before, strict=True):
+            weight.copy_(kept)
+
+
+def learning_rate(step: int, steps: int, warmup: int) -> float:
+    """Linear warm-up, then one cosine to a fiftieth at `steps`."""
+    if step < warmup:
+        return (step + 1) / warmup
+    done = min((step - warmup) / max(steps - warmup, 1), 1.0)
+    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done))
+
+
+@torch.no_grad()
+def held_out_psnr(vae: AutoencoderKLWan, clips: list[Tensor]) -> dict[str, float]:
+    """Mean PSNR over clips [3, F, H, W]: of all frames, of the first, and of the clip's first frame as an image."""
+    everything, first, image = [], [], []
+    for clip in clips:
+        video = clip[None]
+        decoded = decode(vae, encode(vae, video)).clamp(-1.0, 1.0)
+        everything.append(psnr(decoded, video))
+        first.append(psnr(decoded[:, :, 0], video[:, :, 0]))
+        still = decode(vae, encode(vae, video[:, :, -1:])).clamp(-1.0, 1.0)
+        image.append(psnr(still, video[:, :, -1:]))
+    return {
+        "psnr": float(np.mean(everything)),
+        "first_frame_psnr": float(np.mean(first)),
+        "image_psnr": float(np.mean(image)),
+    }
+
+
+@torch.no_grad()
+def latent_statistics(latents: Tensor) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation per channel of latents [N, 16, T, H, W]."""
+    flat = latents.double().transpose(0, 1).flatten(1)
+    return flat.mean(1).tolist(), flat.std(1).tolist()
+
+
+def _batch(recipe: VaeRecipe, step: int, images: bool) -> Tensor:
+    """Random crops [B, 3, F, crop, crop] of fresh films, mirrored and with their colours swapped at random."""
+    count = recipe.image_batch if images else recipe.clip_batch
+    frames = 1 if images else recipe.clip_frames
+    crops = []
+    for index in range(count):
+        seed = step * 64 + index
+        random = np.random.default_rng((recipe.seed, seed))
+        scene = draw_scene(seed % HELD_OUT, frames)
+        top, left = (int(v) for v in random.integers(0, recipe.side - recipe.crop + 1, 2))
+        window = Window(top, left, recipe.crop, recipe.crop)
+        video = to_video(render(scene, recipe.side, recipe.side, window).frames)
+        mirrored = [axis for axis, flip in zip((2, 3), random.uniform(size=2) < 0.5, strict=True) if flip]
+        video = video.flip(mirrored)
+        if random.uniform() < 0.5:
+            video = video[torch.from_numpy(random.permutation(3))]
+        crops.append(video)
+    return torch.stack(crops)
+
+
+def _held_out(recipe: VaeRecipe, clips: int) -> list[Tensor]:
+    return [to_video(make_clip(HELD_OUT + seed, 17, recipe.side, recipe.side).frames) for seed in range(clips)]
+
+
+def _use_flat_convolutions(vae: AutoencoderKLWan) -> None:
+    """Lets a lone first frame skip the two thirds of each kernel that only ever meet its zero padding."""
+    for module in vae.modules():
+        if isinstance(module, nn.Conv3d) and module.stride[0] == 1:
+            module.forward = types.MethodType(_flat(type(module).forward), module)  # type: ignore[method-assign]
+
+
+def _flat(full: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def forward(self: Any, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
+        if cache_x is not None or x.shape[2] != 1:
+            return full(self, x, cache_x)
+        padding = (self._padding[2], self._padding[0])
+        flat = functional.conv2d(x.squeeze(2), self.weight[:, :, -1], self.bias, self.stride[1:], padding)
+        return flat.unsqueeze(2)
+
+    return forward

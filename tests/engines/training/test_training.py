@@ -1,0 +1,185 @@
+"""Training on a micro model: steps run, losses are finite, and a stopped run goes on as if it had not stopped."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+
+from cinecat.engines.checkpoint import find_checkpoint
+from cinecat.engines.model import load_model
+from cinecat.engines.stages import encode_condition, encode_text
+from cinecat.engines.tiny import TinyConfig, build_tiny
+from cinecat.engines.training.dit import DitRecipe, initialise, predict, train_dit
+from cinecat.engines.training.film import make_clip
+from cinecat.engines.training.latents import WORDS, LatentSet, encode_films
+from cinecat.engines.training.progress import Journal
+from cinecat.engines.training.recipe import Stage, TrainingPlan, train_tiny
+from cinecat.engines.training.vae import VaeRecipe, decode, encode, latent_statistics, train_vae
+from cinecat.engines.training.vae import initialise as initialise_vae
+
+MICRO = TinyConfig(heads=1, head_dim=24, layers=1, ffn_dim=32, text_dim=64, image_dim=16, vae_base_dim=4)
+VAE_RECIPE = VaeRecipe(steps=3, image_share=0.4, side=32, crop=16, image_batch=2, clip_batch=1, clip_frames=5)
+DIT_RECIPE = DitRecipe(steps=4, batch=4)
+
+
+def micro_vae() -> AutoencoderKLWan:
+    return AutoencoderKLWan(
+        base_dim=4, dim_mult=[1, 2, 4, 4], num_res_blocks=1, temperal_downsample=[False, True, True]
+    )
+
+
+def micro_transformer() -> WanTransformer3DModel:
+    torch.manual_seed(0)
+    return WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=1,
+        attention_head_dim=24,
+        in_channels=36,
+        out_channels=16,
+        text_dim=8,
+        freq_dim=32,
+        ffn_dim=32,
+        num_layers=2,
+        cross_attn_norm=True,
+        image_dim=8,
+        added_kv_proj_dim=24,
+        rope_max_seq_len=64,
+    )
+
+
+def micro_latents(count: int = 6) -> LatentSet:
+    generator = torch.Generator().manual_seed(5)
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    return LatentSet(
+        clean=drawn(count, 16, 2, 2, 2),
+        given=drawn(count, 16, 2, 2, 2),
+        text=drawn(count, WORDS, 8) * (torch.arange(WORDS) < 9)[None, :, None],
+        counts=torch.full((count,), 9),
+        image=drawn(count, 3, 8),
+        empty_text=drawn(WORDS, 8) * (torch.arange(WORDS) < 1)[:, None],
+        empty_count=torch.tensor(1),
+    )
+
+
+@pytest.fixture(scope="module")
+def micro_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("micro") / "wan-micro"
+    build_tiny(folder, MICRO)
+    return folder
+
+
+def weights(module: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([value.flatten() for value in module.state_dict().values()])
+
+
+def test_a_fresh_vae_keeps_a_flat_picture_flat() -> None:
+    vae = micro_vae()
+    initialise_vae(vae, 1)
+    with torch.no_grad():
+        decoded = decode(vae, encode(vae, torch.full((1, 3, 5, 32, 32), 0.5)))
+    assert decoded.shape == (1, 3, 5, 32, 32)
+    assert torch.isfinite(decoded).all()
+
+
+def test_the_vae_resumes_as_if_never_stopped(tmp_path: Path) -> None:
+    whole, stopped, resumed = micro_vae(), micro_vae(), micro_vae()
+    train_vae(whole, VAE_RECIPE, Journal(tmp_path / "whole", "vae"), save_seconds=0.0, clips=1)
+    journal = Journal(tmp_path / "stopped", "vae")
+    with pytest.raises(_Stop):
+        train_vae(stopped, VAE_RECIPE, _StopsAfter(journal, saves=2), save_seconds=0.0, clips=1)
+    train_vae(resumed, VAE_RECIPE, journal, save_seconds=0.0, clips=1)
+    assert torch.equal(weights(whole), weights(resumed))
+    assert len(journal.curve.read_text().splitlines()) == 4
+
+
+def test_the_transformer_resumes_as_if_never_stopped(tmp_path: Path) -> None:
+    whole, stopped, resumed = micro_transformer(), micro_transformer(), micro_transformer()
+    latents = micro_latents()
+    train_dit(whole, latents, latents, DIT_RECIPE, Journal(tmp_path / "whole", "dit"), save_seconds=0.0)
+    journal = Journal(tmp_path / "stopped", "dit")
+    with pytest.raises(_Stop):
+        train_dit(stopped, latents, latents, DIT_RECIPE, _StopsAfter(journal, saves=2), save_seconds=0.0)
+    train_dit(resumed, latents, latents, DIT_RECIPE, journal, save_seconds=0.0)
+    assert torch.equal(weights(whole), weights(resumed))
+
+
+def test_training_lowers_the_transformer_s_loss(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, "dit")
+    recipe = replace(DIT_RECIPE, steps=60, learning_rate=3e-3, warmup=5)
+    latents = micro_latents()
+    train_dit(micro_transformer(), latents, latents, recipe, journal, save_seconds=0.0)
+    rows = journal.curve.read_text().splitlines()[1:]
+    first, last = (float(rows[row].split(",")[-1]) for row in (0, -1))
+    assert last < 0.97 * first
+
+
+def test_collapsed_padding_is_the_padded_prompt() -> None:
+    transformer, latents = micro_transformer(), micro_latents(2)
+    initialise(transformer, 3)
+    torch.nn.init.normal_(transformer.proj_out.weight, std=0.1)
+    video, timestep = torch.randn(2, 36, 2, 4, 4), torch.tensor([900.0, 100.0])
+    padded = torch.zeros(2, 512, 8)
+    padded[:, :WORDS] = latents.text
+    with torch.no_grad():
+        short = predict(transformer, video, timestep, latents.text, latents.counts, latents.image)
+        full = transformer(video, timestep, padded, latents.image, return_dict=False)[0]
+    assert short == pytest.approx(full, abs=1e-5)
+
+
+def test_films_are_encoded_as_the_engine_encodes_them(micro_folder: Path) -> None:
+    model = load_model(find_checkpoint(str(micro_folder), micro_folder.parent), "cpu", "float32")
+    film = make_clip(0, 5, 32, 32)
+    latents = encode_films(model, lambda seed: make_clip(seed, 5, 32, 32), range(2))
+    with torch.inference_mode():
+        condition = encode_condition(model, film.first_frame, 5)
+        text = encode_text(model, film.caption)
+    assert latents.condition(torch.tensor([0])) == pytest.approx(condition, abs=2e-3)
+    assert latents.text[0] == pytest.approx(text[0, :WORDS], abs=1e-4)
+    assert text[0, int(latents.counts[0]) :].abs().max() == 0.0
+    assert text[0, : int(latents.counts[0])].abs().min() > 0.0
+
+
+def test_statistics_are_per_channel() -> None:
+    latents = torch.arange(2.0).view(1, 2, 1, 1, 1) + torch.tensor([-1.0, 1.0]).view(1, 1, 2, 1, 1)
+    mean, std = latent_statistics(latents)
+    assert mean == pytest.approx([0.0, 1.0])
+    assert std == pytest.approx([2**0.5, 2**0.5])
+
+
+def test_a_plan_writes_a_folder_that_loads(tmp_path: Path) -> None:
+    stage = Stage("dit", 16, replace(DIT_RECIPE, steps=1), side=32, frames=5, clips=4, probes=4)
+    plan = TrainingPlan(vae=replace(VAE_RECIPE, steps=1), stages=(stage,), model=MICRO)
+    train_tiny(tmp_path / "trained", tmp_path / "work", plan)
+    model = load_model(find_checkpoint(str(tmp_path / "trained"), tmp_path), "cpu", "float32")
+    assert len(set(model.vae.config.latents_std)) == 16
+    assert next(model.transformer.parameters()).dtype == torch.float32
+
+
+def test_a_folder_that_exists_is_not_written_over(tmp_path: Path) -> None:
+    with pytest.raises(FileExistsError, match="name a new folder"):
+        train_tiny(tmp_path, tmp_path / "work", TrainingPlan())
+
+
+class _Stop(Exception):
+    """Stands for a killed process."""
+
+
+class _StopsAfter(Journal):
+    """A journal whose run is killed right after a save."""
+
+    def __init__(self, journal: Journal, saves: int) -> None:
+        super().__init__(journal.folder, journal.name)
+        object.__setattr__(self, "_left", saves)
+
+    def save(self, state: object) -> None:  # type: ignore[override]
+        super().save(state)  # type: ignore[arg-type]
+        object.__setattr__(self, "_left", self._left - 1)  # type: ignore[attr-defined, has-type]
+        if self._left == 0:  # type: ignore[attr-defined]
+            raise _Stop
