@@ -6,6 +6,7 @@ import pty
 import signal
 import subprocess
 import sys
+from functools import partial
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -210,7 +211,9 @@ def test_a_server_that_is_unavailable_for_its_own_reasons_says_them(script: Scri
 def test_ctrl_c_cancels_the_job_and_says_so(script: Script, shot: Path, tmp_path: Path) -> None:
     script.generate.append([denoising(1), Hold()])
     command = [*MAIN, "generate", str(shot), "-p", "a cat", "-o", str(tmp_path / "o.mp4")]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    # Whoever runs the tests in the background has them ignore SIGINT, and a child inherits that.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed) as process:
         assert process.stderr is not None
         assert "denoising" in process.stderr.readline()
         process.send_signal(signal.SIGINT)
