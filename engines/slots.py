@@ -98,11 +98,6 @@ class StyleSlots:
                 block.set_submodule(target, SlottedLinear(layers[index], bank_a[index], bank_b[index], self._rows))
                 self.targets[f"blocks.{index}.{target}"] = (first.in_features, first.out_features)
 
-    @property
-    def bytes(self) -> int:
-        """Memory of the banks."""
-        return sum(bank.numel() * bank.element_size() for pair in self._banks.values() for bank in pair)
-
     def wear(self, styles: Mapping[str, float], load: Callable[[str], Factors]) -> Worn:
         """Makes a combination of styles resident and pins its slot until `take_off`.
 

@@ -140,7 +140,7 @@ class Jobs:
         job.create_time.GetCurrentTime()
         job.state = pb.JOB_STATE_QUEUED
         first = self._event(live)
-        existing = await self._in_store(partial(self._persist, StoredJob(job, request_hash, 0), first, frame))
+        existing = await self._persist(StoredJob(job, request_hash, 0), first, frame)
         if existing is not None:
             return None, existing
         live.transitions.append(first)
@@ -333,19 +333,21 @@ class Jobs:
         task.add_done_callback(self._writing.discard)
         return await asyncio.shield(task)
 
-    def _persist(self, stored: StoredJob, first: pb.JobEvent, frame: NDArray[np.uint8]) -> StoredJob | None:
-        """The frame before the job: what is accepted can be carried out."""
+    async def _persist(self, stored: StoredJob, first: pb.JobEvent, frame: NDArray[np.uint8]) -> StoredJob | None:
+        """The frame before the job: what is accepted can be carried out. The frame takes no time of the one thread
+        that stores every job's transitions.
+        """
         job_id = stored.job.job_id
         existing: StoredJob | None = stored
         try:
-            self._inputs.save(job_id, frame)
-            existing = self._store.insert(stored, first)
+            await asyncio.to_thread(self._inputs.save, job_id, frame)
+            existing = await self._in_store(partial(self._store.insert, stored, first))
         except (OSError, SQLAlchemyError) as error:
             cause = error.orig if isinstance(error, DBAPIError) else error
             raise RequestError(grpc.StatusCode.UNAVAILABLE, f"the job cannot be stored now: {cause}") from error
         finally:
             if existing is not None:
-                self._inputs.delete(job_id)
+                await asyncio.to_thread(self._inputs.delete, job_id)
         return existing
 
     def _store_transition(self, event: pb.JobEvent, attempts: int) -> None:
