@@ -12,6 +12,7 @@ from typing import Any
 from cinecat.engines.errors import ModelError
 
 BUNDLED_MODEL = "wan-tiny"
+_BUNDLED_FOLDER = Path(__file__).parent / "models" / BUNDLED_MODEL
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _WEIGHTED = ("text_encoder", "image_encoder", "transformer", "vae")
@@ -40,19 +41,18 @@ class Checkpoint:
     fingerprint: str
 
 
-def find_checkpoint(model: str, cache: Path) -> Checkpoint:
+def find_checkpoint(model: str) -> Checkpoint:
     """Resolves a model setting to a checked folder.
 
     Args:
         model: "wan-tiny", a path, or a hub id such as "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", in this order of
             precedence; a hub id is downloaded by huggingface_hub into its own cache.
-        cache: where the bundled model is built on first use.
 
     Raises:
         ModelError: the folder is not a complete Wan2.1 I2V checkpoint, or the hub cannot be reached.
     """
     if model == BUNDLED_MODEL:
-        return _describe(_bundled(cache))
+        return _describe(_BUNDLED_FOLDER)
     folder = Path(model).expanduser()
     if folder.exists():
         return _describe(folder.resolve())
@@ -61,16 +61,6 @@ def find_checkpoint(model: str, cache: Path) -> Checkpoint:
     raise ModelError(
         f"model: {model!r} is neither {BUNDLED_MODEL!r}, nor a folder that exists, nor a hub id (owner/name)"
     )
-
-
-def _bundled(cache: Path) -> Path:
-    from cinecat.engines.tiny import WAN_TINY, build_tiny
-
-    recipe = hashlib.sha256(f"{WAN_TINY}".encode() + Path(__file__).with_name("tiny.py").read_bytes())
-    folder = cache / recipe.hexdigest()[:16] / BUNDLED_MODEL
-    if not (folder / "model_index.json").exists():
-        build_tiny(folder)
-    return folder
 
 
 def _download(hub_id: str) -> Path:

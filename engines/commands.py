@@ -14,11 +14,13 @@ def train_tiny(
     work: Annotated[
         Path, typer.Option(help="Folder for checkpoints, latents and curves; a stopped run goes on from here.")
     ] = Path("out/train-tiny"),
-    vae_steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of the VAE.")] = 1500,
-    small_steps: Annotated[int, typer.Option(min=1, help="Transformer steps on 64x64 windows.")] = 2000,
-    full_steps: Annotated[int, typer.Option(min=1, help="Transformer steps on 128x128 frames.")] = 1000,
-    small_films: Annotated[int, typer.Option(min=64, help="Films for the windows.")] = 2400,
-    full_films: Annotated[int, typer.Option(min=64, help="Films for the full frames.")] = 1200,
+    vae_steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of the VAE.")] = 1200,
+    small_steps: Annotated[int, typer.Option(min=1, help="Transformer steps on 64x64 windows.")] = 1000,
+    full_steps: Annotated[int, typer.Option(min=1, help="Transformer steps on 128x128 frames.")] = 500,
+    large_steps: Annotated[int, typer.Option(min=1, help="Transformer steps on 256x256 frames.")] = 120,
+    small_films: Annotated[int, typer.Option(min=64, help="Films for the windows.")] = 2000,
+    full_films: Annotated[int, typer.Option(min=64, help="Films of 128x128.")] = 700,
+    large_films: Annotated[int, typer.Option(min=16, help="Films of 256x256.")] = 120,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 leaves it to torch.")] = 0,
 ) -> None:
     """Trains the bundled model wan-tiny on the procedural film set."""
@@ -33,12 +35,12 @@ def train_tiny(
         raise typer.Exit(2) from error
     if threads:
         torch.set_num_threads(threads)
-    small, full = TrainingPlan().stages
+    amounts = ((small_steps, small_films), (full_steps, full_films), (large_steps, large_films))
     plan = TrainingPlan(
         vae=VaeRecipe(steps=vae_steps),
-        stages=(
-            replace(small, clips=small_films, recipe=replace(small.recipe, steps=small_steps)),
-            replace(full, clips=full_films, recipe=replace(full.recipe, steps=full_steps)),
+        stages=tuple(
+            replace(stage, clips=films, recipe=replace(stage.recipe, steps=steps))
+            for stage, (steps, films) in zip(TrainingPlan().stages, amounts, strict=True)
         ),
     )
     try:

@@ -24,7 +24,6 @@ class CoreConfig:
 
     Attributes:
         model: as in `checkpoint.find_checkpoint`.
-        model_cache: folder in which the bundled model is built.
         device: "auto", "cpu", "cuda" or "cuda:N".
         dtype: "auto", "float32", "bfloat16" or "float16": of the transformer and the text encoder.
         threads: CPU threads for torch; 0 leaves it to torch.
@@ -34,7 +33,6 @@ class CoreConfig:
     """
 
     model: str
-    model_cache: str
     device: str
     dtype: str
     threads: int

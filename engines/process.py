@@ -12,7 +12,6 @@ import signal
 import threading
 from multiprocessing.connection import Connection, wait
 from multiprocessing.shared_memory import SharedMemory
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -49,7 +48,7 @@ def run_core(connection: Connection, config: CoreConfig) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         # Before torch is loaded, so that a wrong folder is refused at once.
-        checkpoint = find_checkpoint(config.model, Path(config.model_cache))
+        checkpoint = find_checkpoint(config.model)
         from cinecat.engines.core import EngineCore
 
         core = EngineCore(checkpoint, config)

@@ -1,7 +1,7 @@
 """wan-tiny: the classes and folder layout of the Wan2.1 I2V diffusers checkpoints, small enough for a CPU.
 
-The weights are drawn from a seed, so the folder is built where it is needed instead of being shipped. Everything that
-loads, serves or tests a real checkpoint meets this one through the same files.
+What is built here is untrained, its weights drawn from a seed; `training.recipe` makes the bundled one of it. Everything
+that loads, serves or tests a real checkpoint meets wan-tiny through the same files.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _WORDS = (
     "red green blue yellow orange purple pink white black grey gray cyan magenta brown dark light bright pale deep "
     "circle square triangle star ring cross diamond hexagon heart shape shapes object objects "
     "wall sky floor background flat gradient striped stripes checkered checker noisy noise texture textured "
-    "smooth fine "
+    "smooth fine cluttered nothing everything "
     "small large tiny big two one three another other first last "
     "cat dog person man woman child face eyes street city sea water tree forest field mountain sun moon rain snow "
     "walks walk runs run looks look smiles opens closes blinks wind light shadow film scene shot close wide style noir "

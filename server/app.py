@@ -224,7 +224,6 @@ def _open_store(folder: Path) -> JobStore:
 def _core_config(settings: Settings) -> CoreConfig:
     return CoreConfig(
         model=settings.model,
-        model_cache=str(settings.model_cache.expanduser()),
         device=settings.device,
         dtype=settings.dtype,
         threads=settings.threads,

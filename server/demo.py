@@ -1,4 +1,4 @@
-"""`python -m cinecat.server.demo`: three clips of one photograph from a real server, and a sheet to compare them."""
+"""`python -m cinecat.server.demo`: a few clips from a real server, and a sheet to look at them side by side."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -21,19 +22,40 @@ from cinecat import CinecatError, Client
 from cinecat.server.images import decode_image, fit_image
 from cinecat.server.local_server import ServerFailed, running_server
 
-PROMPT = "a tabby cat turns its head and looks into the camera"
 SEED = 7
-CLIPS = {"plain": None, "noir": "noir", "amber": "amber"}
+
+
+@dataclass(frozen=True)
+class Take:
+    """What one clip of the demo is asked for.
+
+    Attributes:
+        image: a file of server/examples.
+    """
+
+    image: str
+    prompt: str
+    style: str | None = None
+
+
+TAKES = {
+    "right": Take("star.png", "a red star moves right quickly"),
+    "up": Take("star.png", "a red star moves up quickly"),
+    "noir": Take("star.png", "a red star moves right quickly", "noir"),
+    "cat": Take("chelsea.png", "nothing moves"),
+}
 
 _GAP, _LABEL = 4, 16
 
 
-def contact_sheet(image: NDArray[np.uint8], clips: Mapping[str, NDArray[np.uint8]], columns: int = 6) -> Image.Image:
-    """Returns one row per clip: the input image, then `columns` frames evenly spaced from the first to the last.
+def contact_sheet(
+    images: Mapping[str, NDArray[np.uint8]], clips: Mapping[str, NDArray[np.uint8]], columns: int = 6
+) -> Image.Image:
+    """Returns one row per clip: its input image, then `columns` frames evenly spaced from the first to the last.
 
-    image: uint8 [height, width, 3]. clips: by label, uint8 [frames, height, width, 3] of the image's size.
+    images, clips: by label, uint8 [height, width, 3] and [frames, height, width, 3], all of one size.
     """
-    height, width = image.shape[:2]
+    height, width = next(iter(images.values())).shape[:2]
     row_height = _LABEL + height + _GAP
     sheet = Image.new("RGB", (_GAP + (columns + 1) * (width + _GAP), _GAP + len(clips) * row_height), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
@@ -41,7 +63,7 @@ def contact_sheet(image: NDArray[np.uint8], clips: Mapping[str, NDArray[np.uint8
         top = _GAP + row * row_height
         shown = np.linspace(0, len(frames) - 1, columns).round().astype(int)
         captions = ["input", *(f"{label}, frame {index}" for index in shown)]
-        for column, (caption, pixels) in enumerate(zip(captions, [image, *frames[shown]], strict=True)):
+        for column, (caption, pixels) in enumerate(zip(captions, [images[label], *frames[shown]], strict=True)):
             left = _GAP + column * (width + _GAP)
             draw.text((left, top), caption, fill="black", font=font)
             sheet.paste(Image.fromarray(pixels), (left, top + _LABEL))
@@ -65,24 +87,28 @@ def timings_table(timings: Mapping[str, Mapping[str, float]]) -> Table:
 
 
 def make_clips(out: Path, console: Console) -> None:
-    """Generates the clips of CLIPS into `out`, with contact-sheet.png. Raises ServerFailed and CinecatError."""
+    """Generates the clips of TAKES into `out`, with contact-sheet.png. Raises ServerFailed and CinecatError."""
     out.mkdir(parents=True, exist_ok=True)
-    photograph = resources.files("cinecat.server").joinpath("examples", "chelsea.png").read_bytes()
+    examples = resources.files("cinecat.server").joinpath("examples")
+    images = {name: examples.joinpath(take.image).read_bytes() for name, take in TAKES.items()}
     made: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="cinecat-demo-") as folder:
         console.print("starting cinecat serve ...")
         with running_server(Path(folder)) as server, Client(server.address) as client:
-            for name, style in CLIPS.items():
-                console.print(f"{name}: generating ...")
+            for name, take in TAKES.items():
+                console.print(f"{name}: {take.prompt} ...")
                 clip = client.generate(
-                    image=photograph, prompt=PROMPT, style=style, seed=SEED, output=out / f"{name}.mp4"
+                    image=images[name], prompt=take.prompt, style=take.style, seed=SEED, output=out / f"{name}.mp4"
                 ).result()
                 console.print(f"{name}: {out / name}.mp4, {clip.width}x{clip.height}, {clip.frames} frames")
                 made[name] = clip
     frames = {name: read_frames(out / f"{name}.mp4") for name in made}
-    height, width = frames["plain"].shape[1:3]
-    decoded = decode_image(photograph, max_bytes=len(photograph), max_pixels=1_000_000)
-    contact_sheet(fit_image(decoded, width, height).pixels, frames).save(out / "contact-sheet.png")
+    height, width = next(iter(frames.values())).shape[1:3]
+    inputs = {
+        name: fit_image(decode_image(image, max_bytes=len(image), max_pixels=1_000_000), width, height).pixels
+        for name, image in images.items()
+    }
+    contact_sheet(inputs, frames).save(out / "contact-sheet.png")
     console.print(timings_table({name: clip.timings for name, clip in made.items()}))
     console.print(f"compare them in {out / 'contact-sheet.png'}")
 

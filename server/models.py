@@ -68,7 +68,7 @@ def _defaults(info: ModelInfo, settings: Settings, max_tokens: int) -> clip_pb2.
         frames=17 if tiny else 81,
         fps=8.0 if tiny else 16.0,
         steps=min(8 if tiny else 40, settings.max_steps),
-        guidance_scale=3.0 if tiny else 5.0,
+        guidance_scale=1.0 if tiny else 5.0,
         tokenization=clip_pb2.Tokenization(mode=clip_pb2.Tokenization.UNIFORM),
         artifact_formats=[clip_pb2.ARTIFACT_FORMAT_MP4_H264],
     )

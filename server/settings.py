@@ -29,10 +29,6 @@ def _state_folder() -> Path:
     return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "cinecat"
 
 
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cinecat"
-
-
 Port = Annotated[int, Field(ge=0, le=65535)]
 
 
@@ -58,7 +54,6 @@ class Settings(BaseModel):
 
     data_dir: Path = Field(default_factory=_state_folder, description="job database and inputs")
     artifact_url: str = Field("", description="fsspec URL for finished clips; empty puts them into data_dir")
-    model_cache: Path = Field(default_factory=_cache_folder, description="where wan-tiny is built on first use")
     styles_dirs: tuple[Path, ...] = Field((), description="folders of styles beside the bundled ones, ':' between them")
 
     max_queue: int = Field(1000, ge=1, description="jobs that may wait")

@@ -1,4 +1,4 @@
-"""What tests of several rooms share: the bundled model, built once, and small images."""
+"""What tests of several rooms share: small images."""
 
 from __future__ import annotations
 
@@ -13,16 +13,6 @@ from PIL import Image
 
 # Before anything imports torch: tests share few CPUs with the servers that they start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-
-@pytest.fixture(scope="session")
-def model_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model_cache that holds wan-tiny."""
-    from cinecat.engines.checkpoint import find_checkpoint
-
-    cache = tmp_path_factory.mktemp("models")
-    find_checkpoint("wan-tiny", cache)
-    return cache
 
 
 @pytest.fixture(scope="session")

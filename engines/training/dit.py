@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from dataclasses import dataclass, replace
@@ -14,9 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cinecat.engines.stages import TEXT_TOKENS
+from cinecat.engines.training.average import BestAverage
 from cinecat.engines.training.latents import LatentSet
+from cinecat.engines.training.muon import Optimisers
 from cinecat.engines.training.progress import Journal, Pulse, training_bar
-from cinecat.engines.training.vae import learning_rate
+from cinecat.engines.training.vae import schedule
+
+# Layers at the transformer's edges, which AdamW trains.
+_EDGES = ("patch_embedding", "condition_embedder", "proj_out")
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,8 @@ class DitRecipe:
 
     Attributes:
         steps: optimiser steps; the learning rate's cosine ends there.
-        warmup: steps of the learning rate's rise.
+        muon_rate, adam_rate: learning rates of the blocks' matrices and of the rest.
+        warmup: steps of their rise.
         prompt_dropout: part of the samples that see an empty prompt, so that guidance works.
         shift: time shift of the sampled noise levels, as the scheduler's.
         average: longest decay of the averaged weights.
@@ -33,8 +38,9 @@ class DitRecipe:
 
     steps: int = 1200
     batch: int = 16
-    learning_rate: float = 1.2e-3
-    warmup: int = 40
+    muon_rate: float = 0.02
+    adam_rate: float = 1.2e-3
+    warmup: int = 20
     prompt_dropout: float = 0.1
     shift: float = 3.0
     average: float = 0.99
@@ -186,19 +192,15 @@ def train_dit(
     """
     if fresh:
         initialise(transformer, recipe.seed)
-    average = copy.deepcopy(transformer).eval().requires_grad_(False)
-    optimiser = torch.optim.AdamW(
-        transformer.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=1e-3
-    )
-    step, seconds, best = 0, 0.0, math.inf
-    best_weights = average.state_dict()
+    average = BestAverage(transformer, recipe.average)
+    optimiser = Optimisers(transformer, recipe.muon_rate, recipe.adam_rate, (0.9, 0.98), _EDGES)
+    step, seconds = 0, 0.0
     state = journal.load()
     if state is not None:
         transformer.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
         optimiser.load_state_dict(state["optimiser"])
-        best_weights = state["best_weights"]
-        step, seconds, best = int(state["step"]), float(state["seconds"]), float(state["best"])
+        step, seconds = int(state["step"]), float(state["seconds"])
         journal.rewind(step)
     transformer.train().requires_grad_(True)
     probe = _probe(held_out, recipe)
@@ -206,45 +208,39 @@ def train_dit(
     with training_bar("DiT", step, recipe.steps) as move:
         while step < recipe.steps:
             started = time.monotonic()
-            rate = learning_rate(step, recipe.steps, recipe.warmup) * recipe.learning_rate
-            for group in optimiser.param_groups:
-                group["lr"] = rate
+            factor = schedule(step, recipe.steps, recipe.warmup)
             loss = flow_loss(transformer, draw_batch(train, recipe, step))
-            optimiser.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(transformer.parameters(), 1.0)
-            optimiser.step()
+            optimiser.step(factor)
             step += 1
-            _follow(average, transformer, min(recipe.average, (1 + step) / (10 + step)))
+            average.follow(transformer, step)
             seconds += time.monotonic() - started
             value = float(loss.detach())
             running = value if running == 0.0 else 0.97 * running + 0.03 * value
             move(step, f"loss {running:.4f}")
             if pulse.due() or step == recipe.steps:
-                measured = _held_out_loss(average, probe)
+                measured = _held_out_loss(average.model, probe)
+                average.offer(measured)
                 journal.log(
                     {
                         "step": step,
                         "seconds": round(seconds, 1),
-                        "learning_rate": f"{rate:.2e}",
+                        "schedule": round(factor, 4),
                         "loss": round(running, 5),
                         "held_out_loss": round(measured, 5),
                     }
                 )
-                if measured < best:
-                    best, best_weights = measured, copy.deepcopy(average.state_dict())
                 journal.save(
                     {
                         "model": transformer.state_dict(),
                         "average": average.state_dict(),
-                        "best_weights": best_weights,
-                        "best": best,
                         "optimiser": optimiser.state_dict(),
                         "step": step,
                         "seconds": seconds,
                     }
                 )
-    transformer.load_state_dict(best_weights)
+    average.give(transformer)
     transformer.eval().requires_grad_(False)
 
 
@@ -288,9 +284,3 @@ def _probe(held_out: LatentSet, recipe: DitRecipe) -> list[Batch]:
 @torch.no_grad()
 def _held_out_loss(transformer: WanTransformer3DModel, probe: list[Batch]) -> float:
     return sum(float(flow_loss(transformer, batch)) for batch in probe) / len(probe)
-
-
-@torch.no_grad()
-def _follow(average: nn.Module, model: nn.Module, decay: float) -> None:
-    for kept, new in zip(average.parameters(), model.parameters(), strict=True):
-        kept.lerp_(new, 1 - decay)

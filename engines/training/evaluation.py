@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,8 +27,8 @@ _NEAR = 0.35
 class Sampling:
     """How clips are generated for a measurement."""
 
-    steps: int = 8
-    guidance_scale: float = 1.0
+    steps: int
+    guidance_scale: float
     seed: int = 0
 
 
@@ -52,111 +52,141 @@ class ShotResult:
 
 @dataclass(frozen=True)
 class ModelReport:
-    """The checks of the bundled model. Shares are in 0 to 1, PSNR in decibels.
+    """What was measured at one frame size; PSNR in decibels.
 
     Attributes:
-        vae_psnrs: per film, of encoding and decoding.
-        first_frame_psnr: mean over generated clips.
-        moving_right: share of moving shots whose subject moves in the named direction.
-        still_right: share of still shots that stay still.
-        told_first_psnr, told_last_psnr: over shots whose course the caption tells; what is not told cannot be known.
-        four_right: share of clips that follow, when one first frame is given with each of four directions.
-        four_all_right: share of first frames where all four do.
-        few_steps_psnrs: per open shot, of 4 steps to 32 at the same seed.
+        shots: of held-out films as the set mixes them.
+        stills: of further still films.
+        four: per first frame, whether the clip follows each of the four directions that it was asked for.
+        open_psnrs: per open shot, of few steps to many at the same seed.
+        vae_psnrs: per film of `shots`, of encoding and decoding it.
     """
 
-    height: int
-    width: int
-    frames: int
     shots: tuple[ShotResult, ...]
-    sampling: Sampling
+    stills: tuple[ShotResult, ...]
+    four: tuple[tuple[bool, ...], ...]
+    open_psnrs: tuple[float, ...]
     vae_psnrs: tuple[float, ...]
-    first_frame_psnr: float
-    moving_shots: int
-    moving_right: float
-    still_shots: int
-    still_right: float
-    told_first_psnr: float
-    told_last_psnr: float
-    four_first_frames: int
-    four_right: float
-    four_all_right: float
-    few_steps_psnrs: tuple[float, ...]
+
+    @property
+    def moving(self) -> tuple[bool, ...]:
+        """Whether the subject moved in the named direction, of every shot that names one."""
+        return tuple(bool(shot.right) for shot in self.shots if shot.right is not None and shot.kind != "still")
+
+    @property
+    def still(self) -> tuple[bool, ...]:
+        """Whether the shot stayed still, of every still one."""
+        return tuple(bool(shot.right) for shot in (*self.shots, *self.stills) if shot.kind == "still")
+
+    @property
+    def told(self) -> tuple[ShotResult, ...]:
+        """Shots whose course the caption tells; what is not told cannot be known."""
+        return tuple(shot for shot in self.shots if shot.kind not in OPEN_KINDS)
+
+
+@dataclass(frozen=True)
+class Amounts:
+    """How much is measured: numbers of films, and the steps that open shots compare."""
+
+    shots: int = 64
+    stills: int = 16
+    four: int = 8
+    open_shots: int = 8
+    few_steps: int = 4
+    many_steps: int = 32
+
+    @property
+    def clips(self) -> int:
+        return self.shots + self.stills + len(DIRECTIONS) * self.four + 2 * self.open_shots
 
 
 def measure_model(
     core: EngineCore,
     vae: AutoencoderKLWan,
-    count: int = 64,
-    still: int = 16,
-    four: int = 8,
-    open_shots: int = 8,
+    amounts: Amounts,
+    sampling: Sampling,
     frames: int = 17,
-    height: int = 128,
-    width: int = 128,
-    sampling: Sampling = Sampling(),
-    moved: Callable[[int, int], None] = lambda done, total: None,
+    side: int = 128,
+    made: Callable[[], None] = lambda: None,
 ) -> ModelReport:
-    """Runs all measurements.
+    """Generates held-out films' twins and compares them.
 
     Args:
         vae: of the same checkpoint.
-        count: held-out films as the set mixes them.
-        still, four, open_shots: further films for the checks of these names.
-        moved: told (done, total) clips.
+        frames, side: of the films.
+        made: called after every clip.
     """
-    films = [make_clip(HELD_OUT + index, frames, height, width) for index in range(count)]
-    stills = [make_clip(HELD_OUT + 10_000 + index, frames, height, width, kind="still") for index in range(still)]
-    slides = [make_clip(HELD_OUT + 20_000 + index, frames, height, width, kind="slide") for index in range(four)]
-    opens = [
-        make_clip(HELD_OUT + 30_000 + index, frames, height, width, kind=kind)
-        for index, kind in zip(range(open_shots), _cycle(sorted(OPEN_KINDS)), strict=False)
-    ]
-    total = count + still + 4 * four + 2 * open_shots
-    done = 0
 
-    def run(film: Clip, caption: str, with_sampling: Sampling = sampling) -> Frames:
-        nonlocal done
-        clip = generate(core, film.first_frame, caption, frames, with_sampling)
-        done += 1
-        moved(done, total)
+    def films(first: int, count: int, kinds: Sequence[Kind | None]) -> list[Clip]:
+        seeds = range(HELD_OUT + first, HELD_OUT + first + count)
+        return [make_clip(seed, frames, side, side, kind=kinds[seed % len(kinds)]) for seed in seeds]
+
+    def run(film: Clip, caption: str, steps: int = sampling.steps) -> Frames:
+        clip = generate(core, film.first_frame, caption, frames, replace(sampling, steps=steps))
+        made()
         return clip
 
-    shots = tuple(compare(film, run(film, film.caption)) for film in films)
-    still_results = [compare(film, run(film, film.caption)) for film in stills]
-    followed = [
-        [follows(film, run(film, recaptioned(film.scene, direction)), direction) for direction in DIRECTIONS]
-        for film in slides
-    ]
-    few = [
-        _psnr(
-            run(film, film.caption, Sampling(4, sampling.guidance_scale, sampling.seed)),
-            run(film, film.caption, Sampling(32, sampling.guidance_scale, sampling.seed)),
-        )
-        for film in opens
-    ]
-    moving = [shot for shot in shots if shot.right is not None and shot.kind != "still"]
-    told = [shot for shot in shots if shot.kind not in OPEN_KINDS]
-    all_still = [*still_results, *(shot for shot in shots if shot.kind == "still")]
+    shown = films(0, amounts.shots, [None])
     return ModelReport(
-        height=height,
-        width=width,
-        frames=frames,
-        shots=shots,
-        sampling=sampling,
-        vae_psnrs=vae_psnrs(vae, films),
-        first_frame_psnr=_mean(shot.first_psnr for shot in shots),
-        moving_shots=len(moving),
-        moving_right=_mean(float(bool(shot.right)) for shot in moving),
-        still_shots=len(all_still),
-        still_right=_mean(float(bool(shot.right)) for shot in all_still),
-        told_first_psnr=_mean(shot.first_psnr for shot in told),
-        told_last_psnr=_mean(shot.last_psnr for shot in told),
-        four_first_frames=len(followed),
-        four_right=_mean(float(right) for rights in followed for right in rights),
-        four_all_right=_mean(float(all(rights)) for rights in followed),
-        few_steps_psnrs=tuple(few),
+        shots=tuple(compare(film, run(film, film.caption)) for film in shown),
+        stills=tuple(compare(film, run(film, film.caption)) for film in films(10_000, amounts.stills, ["still"])),
+        four=tuple(
+            tuple(follows(film, run(film, recaptioned(film.scene, direction)), direction) for direction in DIRECTIONS)
+            for film in films(20_000, amounts.four, ["slide"])
+        ),
+        open_psnrs=tuple(
+            _psnr(run(film, film.caption, amounts.few_steps), run(film, film.caption, amounts.many_steps))
+            for film in films(30_000, amounts.open_shots, sorted(OPEN_KINDS))
+        ),
+        vae_psnrs=vae_psnrs(vae, shown),
     )
+
+
+@dataclass(frozen=True)
+class PhotographResult:
+    """A clip from a photograph whose caption asks for nothing to move.
+
+    Attributes:
+        first_psnr, last_psnr: decibels to the photograph.
+        detail_growth: mean absolute difference of neighbouring pixels in the last frame over that in the first:
+            artefacts that grow add detail.
+        flicker: mean absolute difference of frames that follow each other, in grey levels.
+    """
+
+    first_psnr: float
+    last_psnr: float
+    detail_growth: float
+    flicker: float
+
+
+PHOTOGRAPH_CAPTION = "the camera stays still"
+
+
+def measure_photographs(
+    core: EngineCore,
+    photographs: Mapping[str, Frames],
+    frames: int,
+    sampling: Sampling,
+    made: Callable[[], None] = lambda: None,
+) -> dict[str, PhotographResult]:
+    """Generates a still clip from each photograph, uint8 [height, width, 3]."""
+    results = {}
+    for name, photograph in photographs.items():
+        clip = generate(core, photograph, PHOTOGRAPH_CAPTION, frames, sampling)
+        change = np.abs(np.diff(clip.astype(np.float32), axis=0))
+        results[name] = PhotographResult(
+            first_psnr=_psnr(clip[0], photograph),
+            last_psnr=_psnr(clip[-1], photograph),
+            detail_growth=_detail(clip[-1]) / _detail(clip[0]),
+            flicker=float(change.mean()),
+        )
+        made()
+    return results
+
+
+def _detail(frame: Frames) -> float:
+    values = frame.astype(np.float32)
+    return float(np.abs(np.diff(values, axis=0)).mean() + np.abs(np.diff(values, axis=1)).mean())
 
 
 def generate(core: EngineCore, first_frame: Frames, prompt: str, frames: int, sampling: Sampling) -> Frames:
@@ -255,7 +285,7 @@ def vae_psnrs(vae: AutoencoderKLWan, films: Sequence[Clip]) -> tuple[float, ...]
 
 def kinds_table(report: ModelReport) -> list[dict[str, Any]]:
     """Means per kind of shot, for tables."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for kind in SHARES:
         some = [shot for shot in report.shots if shot.kind == kind]
         if some:
@@ -287,8 +317,3 @@ def _psnr(first: Frames, second: Frames) -> float:
 def _mean(values: Iterable[float]) -> float:
     listed = list(values)
     return float(np.mean(listed)) if listed else float("nan")
-
-
-def _cycle(kinds: Sequence[Kind]) -> Iterable[Kind]:
-    while True:
-        yield from kinds

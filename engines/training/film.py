@@ -9,12 +9,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
+from cinecat.engines.training.leaves import leaves
 from cinecat.engines.training.scenes import COLOURS, Kind, Scene, Wall, draw_scene
 from cinecat.engines.training.shapes import SHAPES
 
 HELD_OUT = 1_000_000
 """Seeds from here on are never trained on."""
+
+_CLUTTER = 256
+"""Pixels along two short sides of a cluttered wall."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,8 @@ def render(scene: Scene, height: int, width: int, window: Window | None = None) 
     offset_x, offset_y = _column(scene.wall_offset[:, 0]), _column(scene.wall_offset[:, 1])
     moves = bool(np.ptp(scene.zoom) or np.ptp(scene.camera) or np.ptp(scene.wall_offset))
     seen = slice(None) if moves else slice(0, 1)
-    picture = _paint_wall(scene.wall, (world_x - offset_x)[seen], (world_y - offset_y)[seen])
+    paint = _paint_clutter if scene.wall.kind == "cluttered" else _paint_wall
+    picture = paint(scene.wall, (world_x - offset_x)[seen], (world_y - offset_y)[seen])
     picture = picture.expand(count, 3, window.height, window.width).clone()
     mask = torch.zeros(count, window.height, window.width, dtype=torch.bool)
     for index, thing in enumerate(scene.things):
@@ -126,6 +132,17 @@ def _paint_wall(wall: Wall, x: Tensor, y: Tensor) -> Tensor:
         mix = _lattice_noise(wall, x, y)
     near, far = (torch.tensor(colour).view(1, 3, 1, 1) for colour in wall.colours)
     return torch.lerp(near, far, mix[:, None])
+
+
+def _paint_clutter(wall: Wall, x: Tensor, y: Tensor) -> Tensor:
+    """As `_paint_wall`, of leaves on two short sides of the plane and their mirror images beyond."""
+    picture = leaves(np.random.default_rng(wall.seed), _CLUTTER)
+    near = torch.tensor(wall.colours[0]).view(3, 1, 1)
+    picture = torch.lerp(near.expand_as(picture), picture, wall.contrast)
+    grid = torch.stack([x + torch.zeros_like(y), y + torch.zeros_like(x)], dim=-1)
+    return functional.grid_sample(
+        picture.expand(len(grid), -1, -1, -1), grid, padding_mode="reflection", align_corners=False
+    )
 
 
 def _soft_square(cycles: Tensor) -> Tensor:

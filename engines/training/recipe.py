@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from dataclasses import asdict, dataclass, field, fields
@@ -14,15 +15,18 @@ from torch import Tensor
 from cinecat.engines.checkpoint import find_checkpoint
 from cinecat.engines.model import WanModel, load_model
 from cinecat.engines.tiny import WAN_TINY, TinyConfig, build_tiny
+from cinecat.engines.training.curves import draw_curves
 from cinecat.engines.training.dit import DitRecipe, train_dit
 from cinecat.engines.training.film import HELD_OUT, make_clip
 from cinecat.engines.training.latents import LatentSet, cropped_clip, encode_films
 from cinecat.engines.training.progress import Journal, training_bar
-from cinecat.engines.training.vae import VaeRecipe, encode, latent_statistics, to_video, train_vae
+from cinecat.engines.training.vae import VaeRecipe, encode, latent_statistics, to_video, train_vae, use_faster_layers
 
 _PROBE_SEEDS = HELD_OUT + 500_000
 _STATISTICS_SEEDS = HELD_OUT - 1000
 _PART = 100
+_VAE_PANELS = (("loss",), ("held_out_psnr", "held_out_first_frame_psnr", "held_out_image_psnr"))
+_DIT_PANELS = (("loss", "held_out_loss"),)
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,23 @@ class TrainingPlan:
 
     vae: VaeRecipe = field(default_factory=VaeRecipe)
     stages: tuple[Stage, ...] = (
-        Stage("dit-64", 64, DitRecipe(steps=1000, batch=32)),
-        Stage("dit-128", 128, DitRecipe(steps=400, batch=8, learning_rate=5e-4), first_seed=100_000, clips=400),
+        Stage("dit-64", crop=64, recipe=DitRecipe(steps=1000, batch=32), clips=2000),
+        Stage(
+            "dit-128",
+            crop=128,
+            recipe=DitRecipe(steps=500, batch=8, muon_rate=0.01, adam_rate=6e-4),
+            first_seed=100_000,
+            clips=700,
+        ),
+        Stage(
+            "dit-256",
+            side=256,
+            crop=256,
+            recipe=DitRecipe(steps=120, batch=2, muon_rate=0.004, adam_rate=3e-4),
+            first_seed=200_000,
+            clips=120,
+            probes=8,
+        ),
     )
     model: TinyConfig = WAN_TINY
 
@@ -75,13 +94,14 @@ def train_tiny(folder: Path, work: Path, plan: TrainingPlan, save_seconds: float
         build_tiny(draft, plan.model)
     if not (work / "vae.done").exists():
         _train_vae(draft, work, plan, save_seconds)
-    model = load_model(find_checkpoint(str(draft), work), "cpu", "float32")
+    model = load_model(find_checkpoint(str(draft)), "cpu", "float32")
+    use_faster_layers(model.vae)
     for number, stage in enumerate(plan.stages):
         train = encoded(model, stage, work, range(stage.first_seed, stage.first_seed + stage.clips), stage.name)
         probes = encoded(model, stage, work, range(_PROBE_SEEDS, _PROBE_SEEDS + stage.probes), f"{stage.name}-probe")
         journal = Journal(work, stage.name)
         train_dit(model.transformer, train, probes, stage.recipe, journal, save_seconds, fresh=number == 0)
-    write_checkpoint(draft, model.transformer, folder, plan)
+    write_checkpoint(draft, model.transformer, folder, plan, work)
 
 
 def _train_vae(draft: Path, work: Path, plan: TrainingPlan, save_seconds: float) -> None:
@@ -129,16 +149,23 @@ def joined(parts: list[LatentSet]) -> LatentSet:
     return LatentSet(**{name: torch.cat([getattr(part, name) for part in parts]) for name in per_film}, **shared)
 
 
-def write_checkpoint(draft: Path, transformer: WanTransformer3DModel, folder: Path, plan: TrainingPlan) -> None:
-    """Writes the folder at once: the draft with the trained transformer, in half precision."""
+def write_checkpoint(
+    draft: Path, transformer: WanTransformer3DModel, folder: Path, plan: TrainingPlan, work: Path
+) -> None:
+    """Writes the folder at once: the draft with what was trained, in half precision, and the curves of the training."""
     staging = folder.with_name(f".{folder.name}-staging")
     shutil.rmtree(staging, ignore_errors=True)
     shutil.copytree(draft, staging)
-    shutil.rmtree(staging / "transformer")
-    half = WanTransformer3DModel.from_config(transformer.config)
-    half.load_state_dict(transformer.state_dict())
-    half.half().save_pretrained(staging / "transformer", safe_serialization=True)
+    vae = AutoencoderKLWan.from_pretrained(draft / "vae")
+    for part, module in (("transformer", transformer), ("vae", vae)):
+        shutil.rmtree(staging / part)
+        copy.deepcopy(module).half().save_pretrained(staging / part, safe_serialization=True)
     about = json.loads((staging / "cinecat.json").read_text())
     about["training"] = asdict(plan) | {"model": None}
     (staging / "cinecat.json").write_text(json.dumps(about, indent=2))
+    curves = staging / "training"
+    curves.mkdir()
+    for name, panels in (("vae", _VAE_PANELS), *((stage.name, _DIT_PANELS) for stage in plan.stages)):
+        shutil.copy(Journal(work, name).curve, curves)
+        draw_curves(name, curves / f"{name}.csv", panels, curves / f"{name}.png")
     staging.rename(folder)

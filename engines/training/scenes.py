@@ -48,7 +48,9 @@ COLOURS: dict[str, tuple[float, float, float]] = {
 DIRECTIONS: dict[str, tuple[float, float]] = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 SPEEDS: dict[str, float] = {"slowly": 1 / 128, "quickly": 2 / 128, "fast": 3 / 128}
 """Short sides per frame."""
-WALLS = ("flat", "gradient", "striped", "checkered", "noisy")
+_BARE = 0.25
+"""Share of captions that leave out what the first frame shows."""
+WALLS = ("flat", "gradient", "striped", "checkered", "noisy", "cluttered")
 
 
 @dataclass(frozen=True)
@@ -59,14 +61,16 @@ class Wall:
         kind: one of WALLS.
         colours: two RGB triples in [0, 1], mixed by the texture.
         cycles: texture periods per short side.
+        contrast: of clutter, 0 to 1.
         angle: of stripes and gradient, radians.
         phase: offset of the texture.
-        seed: of the noise lattice.
+        seed: of the noise and of the clutter.
     """
 
     kind: str
     colours: tuple[tuple[float, float, float], tuple[float, float, float]]
     cycles: float
+    contrast: float
     angle: float
     phase: tuple[float, float]
     seed: int
@@ -190,7 +194,7 @@ def _pace(random: np.random.Generator, motion: float | None) -> str:
 def _wall(random: np.random.Generator, texture: float | None) -> Wall:
     drawn = float(random.uniform()) if random.uniform() > 0.15 else 0.0
     amount = drawn if texture is None else texture
-    kind = WALLS[int(random.integers(2, len(WALLS)))]
+    kind = str(random.choice(np.array(WALLS[2:]), p=(0.28, 0.28, 0.28, 0.16)))
     if amount == 0.0:
         kind = WALLS[0]
     elif amount < 0.2 and random.uniform() < 0.7:
@@ -203,6 +207,7 @@ def _wall(random: np.random.Generator, texture: float | None) -> Wall:
         kind=kind,
         colours=(_triple(base), _triple(other)),
         cycles=1.5 + 6.5 * amount,
+        contrast=0.3 + 0.6 * amount,
         angle=float(random.uniform(0, math.tau)),
         phase=(float(random.uniform(0, 50)), float(random.uniform(0, 50))),
         seed=int(random.integers(2**31)),
@@ -234,6 +239,10 @@ def _anywhere(random: np.random.Generator, aspect: float, margin: float = 0.22) 
 def _name(thing: Thing) -> str:
     article = "an" if thing.colour == "orange" else "a"
     return f"{article} {thing.colour} {thing.shape}"
+
+
+def _over(random: np.random.Generator, wall: Wall) -> str:
+    return "" if random.uniform() < _BARE else f" over a {wall.kind} wall"
 
 
 def _direction(random: np.random.Generator) -> str:
@@ -279,7 +288,7 @@ def _slide(random: np.random.Generator, kind: Kind, draft: _Draft, wall: Wall, p
     thing = _thing(random, draft.frames, start + _line(draft.frames, direction, speed))
     # An open shot names neither where nor how fast.
     told = "moves" if kind == "roam" else f"moves {direction} {pace}"
-    caption = f"{_name(thing)} {told} over a {wall.kind} wall"
+    caption = f"{_name(thing)} {told}{_over(random, wall)}"
     if kind == "roam":
         return _scene(kind, caption, draft, wall, (thing,))
     return _scene(kind, caption, draft, wall, (thing,), 0, direction, speed)
@@ -287,7 +296,9 @@ def _slide(random: np.random.Generator, kind: Kind, draft: _Draft, wall: Wall, p
 
 def _still(random: np.random.Generator, kind: Kind, draft: _Draft, wall: Wall, pace: str, aspect: float) -> Scene:
     thing = _thing(random, draft.frames, _anywhere(random, aspect))
-    return _scene(kind, f"{_name(thing)} stays still over a {wall.kind} wall", draft, wall, (thing,))
+    told = f"{_name(thing)} stays still{_over(random, wall)}"
+    caption = "nothing moves" if random.uniform() < _BARE else told
+    return _scene(kind, caption, draft, wall, (thing,))
 
 
 def _turn(random: np.random.Generator, kind: Kind, draft: _Draft, wall: Wall, pace: str, aspect: float) -> Scene:
@@ -295,7 +306,7 @@ def _turn(random: np.random.Generator, kind: Kind, draft: _Draft, wall: Wall, pa
     side = "right" if random.uniform() < 0.5 else "left"
     rate = SPEEDS[pace] * 4.0 * (1 if side == "right" else -1)
     thing = _replace(thing, angle=thing.angle + rate * np.arange(draft.frames))
-    return _scene(kind, f"{_name(thing)} turns {side} {pace} over a {wall.kind} wall", draft, wall, (thing,))
+    return _scene(kind, f"{_name(thing)} turns {side} {pace}{_over(random, wall)}", draft, wall, (thing,))
 
 
 def _grow(random: np.random.Generator, kind: Kind, draft: _Draft, wall: Wall, pace: str, aspect: float) -> Scene:
@@ -305,7 +316,7 @@ def _grow(random: np.random.Generator, kind: Kind, draft: _Draft, wall: Wall, pa
     # Half or double at most, however long the clip is.
     factor = np.clip(np.exp(rate * np.arange(draft.frames)), 0.5, 2.0)
     thing = _replace(thing, radius=thing.radius * factor)
-    caption = f"{_name(thing)} {'grows' if grows else 'shrinks'} {pace} over a {wall.kind} wall"
+    caption = f"{_name(thing)} {'grows' if grows else 'shrinks'} {pace}{_over(random, wall)}"
     return _scene(kind, caption, draft, wall, (thing,))
 
 
@@ -313,7 +324,8 @@ def _pan(random: np.random.Generator, kind: Kind, draft: _Draft, wall: Wall, pac
     direction = _direction(random)
     thing = _thing(random, draft.frames, _anywhere(random, aspect))
     draft.camera = _line(draft.frames, direction, SPEEDS[pace])
-    caption = f"the camera pans {direction} {pace} past {_name(thing)} over a {wall.kind} wall"
+    past = "" if random.uniform() < _BARE else f" past {_name(thing)}{_over(random, wall)}"
+    caption = f"the camera pans {direction} {pace}{past}"
     return _scene(kind, caption, draft, wall, (thing,))
 
 
@@ -322,7 +334,8 @@ def _zoom(random: np.random.Generator, kind: Kind, draft: _Draft, wall: Wall, pa
     side = "in" if random.uniform() < 0.5 else "out"
     rate = SPEEDS[pace] * (1 if side == "in" else -1)
     draft.zoom = np.clip(np.exp(rate * np.arange(draft.frames)), 0.5, 2.0)
-    caption = f"the camera zooms {side} {pace} on {_name(thing)} over a {wall.kind} wall"
+    on = "" if random.uniform() < _BARE else f" on {_name(thing)}{_over(random, wall)}"
+    caption = f"the camera zooms {side} {pace}{on}"
     return _scene(kind, caption, draft, wall, (thing,))
 
 
@@ -339,7 +352,7 @@ def _pass(random: np.random.Generator, kind: Kind, draft: _Draft, wall: Wall, pa
     behind = random.uniform() < 0.5
     caption = (
         f"{_name(moving)} moves {direction} {pace} {'behind' if behind else 'before'} {_name(standing)}"
-        f" over a {wall.kind} wall"
+        f"{_over(random, wall)}"
     )
     things = (moving, standing) if behind else (standing, moving)
     return _scene(kind, caption, draft, wall, things, 0 if behind else 1, direction, speed)
@@ -350,7 +363,7 @@ def _wander(random: np.random.Generator, kind: Kind, draft: _Draft, wall: Wall, 
     steps = SPEEDS[pace] * np.stack([np.cos(heading), np.sin(heading)], axis=1)
     path = np.cumsum(steps, axis=0) - steps[0]
     thing = _thing(random, draft.frames, _anywhere(random, aspect, 0.3) + path)
-    return _scene(kind, f"{_name(thing)} wanders over a {wall.kind} wall", draft, wall, (thing,))
+    return _scene(kind, f"{_name(thing)} wanders{_over(random, wall)}", draft, wall, (thing,))
 
 
 def _enter(random: np.random.Generator, kind: Kind, draft: _Draft, wall: Wall, pace: str, aspect: float) -> Scene:
@@ -359,7 +372,7 @@ def _enter(random: np.random.Generator, kind: Kind, draft: _Draft, wall: Wall, p
     half = np.array([max(aspect, 1.0), max(1.0 / aspect, 1.0)]) / 2
     start = -along * (half + 0.18) + (1 - np.abs(along)) * _anywhere(random, aspect)
     thing = _thing(random, draft.frames, start + _line(draft.frames, direction, SPEEDS["fast"]))
-    return _scene(kind, f"a shape enters over a {wall.kind} wall", draft, wall, (thing,))
+    return _scene(kind, f"a shape enters{_over(random, wall)}", draft, wall, (thing,))
 
 
 def _drift(random: np.random.Generator, kind: Kind, draft: _Draft, wall: Wall, pace: str, aspect: float) -> Scene:

@@ -5,19 +5,21 @@ from __future__ import annotations
 import math
 import time
 import types
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm
 from torch import Tensor, nn
 from torch.nn import functional
 
 from cinecat.engines.messages import VAE_TEMPORAL_STRIDE
+from cinecat.engines.training.average import BestAverage
 from cinecat.engines.training.film import HELD_OUT, Window, make_clip, render
+from cinecat.engines.training.muon import Optimisers
 from cinecat.engines.training.progress import Journal, Pulse, training_bar
 from cinecat.engines.training.scenes import draw_scene
 
@@ -34,23 +36,24 @@ class VaeRecipe:
         crop: side of the square training crops, of frames with a short side of `side`.
         image_batch, clip_batch: crops per step.
         clip_frames: 4k + 1.
-        history_warmup: clip steps over which the kernels' older slices are released. Images never reach them, so the
-            optimiser knows nothing of them, and its first full steps there would undo what the images taught.
+        muon_rate, adam_rate: learning rates of the kernels and of the rest.
         noise: standard deviation added to the latents, so that the decoder forgives the denoiser.
+        average: longest decay of the averaged weights.
     """
 
-    steps: int = 1500
-    image_share: float = 0.4
+    steps: int = 1000
+    image_share: float = 0.46
     encoder_share: float = 1.0
     side: int = 128
     crop: int = 64
     image_batch: int = 16
     clip_batch: int = 4
     clip_frames: int = 9
-    learning_rate: float = 1e-3
-    warmup: int = 30
-    history_warmup: int = 200
+    muon_rate: float = 0.02
+    adam_rate: float = 1e-3
+    warmup: int = 20
     noise: float = 0.02
+    average: float = 0.98
     seed: int = 21
 
 
@@ -116,7 +119,7 @@ def psnr(first: Tensor, second: Tensor, peak: float = 2.0) -> float:
 def train_vae(
     vae: AutoencoderKLWan, recipe: VaeRecipe, journal: Journal, save_seconds: float = 120.0, clips: int = 6
 ) -> None:
-    """Trains in place, resuming from the journal's checkpoint.
+    """Trains in place, resuming from the journal's checkpoint; ends with the best averaged weights.
 
     Every step's data is drawn from its number, so a resumed run sees what an uninterrupted one would have seen.
 
@@ -125,26 +128,26 @@ def train_vae(
         clips: held-out clips of 17 frames.
     """
     initialise(vae, recipe.seed)
-    optimiser = torch.optim.AdamW(vae.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
+    optimiser = Optimisers(vae, recipe.muon_rate, recipe.adam_rate, (0.9, 0.99))
+    use_faster_layers(vae)
+    average = BestAverage(vae, recipe.average)
     step, seconds = 0, 0.0
     state = journal.load()
     if state is not None:
         vae.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
+        average.load_state_dict(state["average"])
         step, seconds = int(state["step"]), float(state["seconds"])
         journal.rewind(step)
     held_out = _held_out(recipe, clips)
     encoder_steps = round(recipe.steps * recipe.encoder_share)
-    _use_flat_convolutions(vae)
     vae.train().requires_grad_(True)
     pulse, running = Pulse(save_seconds), 0.0
     with training_bar("VAE", step, recipe.steps) as move:
         while step < recipe.steps:
             started = time.monotonic()
             images = step < recipe.steps * recipe.image_share
-            rate = learning_rate(step, recipe.steps, recipe.warmup) * recipe.learning_rate
-            for group in optimiser.param_groups:
-                group["lr"] = rate
+            factor = schedule(step, recipe.steps, recipe.warmup)
             video = _batch(recipe, step, images)
             with torch.set_grad_enabled(step < encoder_steps):
                 latents = encode(vae, video)
@@ -153,49 +156,43 @@ def train_vae(
             error = decode(vae, latents + recipe.noise * noise) - video
             # Keeps latents near unit scale, where the noise means something.
             loss = error.abs().mean() + 4 * error.square().mean() + 1e-4 * latents.square().mean()
-            optimiser.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-            clip_steps = step - recipe.steps * recipe.image_share
-            with _released(vae, min(0.05 + clip_steps / recipe.history_warmup, 1.0)):
-                optimiser.step()
+            optimiser.step(factor)
             step += 1
+            average.follow(vae, step)
             seconds += time.monotonic() - started
             value = float(loss.detach())
             running = value if running == 0.0 else 0.97 * running + 0.03 * value
             move(step, f"loss {running:.4f}")
             if pulse.due() or step in (encoder_steps, recipe.steps):
-                measured = held_out_psnr(vae, held_out)
+                measured = held_out_psnr(average.model, held_out)
+                average.offer(-measured["held_out_psnr"])
                 journal.log(
                     {
                         "step": step,
                         "seconds": round(seconds, 1),
                         "kind": "images" if images else "clips",
-                        "learning_rate": f"{rate:.2e}",
+                        "schedule": round(factor, 4),
                         "loss": round(running, 5),
                         **{name: round(value, 3) for name, value in measured.items()},
                     }
                 )
                 journal.save(
-                    {"model": vae.state_dict(), "optimiser": optimiser.state_dict(), "step": step, "seconds": seconds}
+                    {
+                        "model": vae.state_dict(),
+                        "average": average.state_dict(),
+                        "optimiser": optimiser.state_dict(),
+                        "step": step,
+                        "seconds": seconds,
+                    }
                 )
+    average.give(vae)
     vae.eval().requires_grad_(False)
 
 
-@contextmanager
-def _released(vae: AutoencoderKLWan, share: float) -> Iterator[None]:
-    """Lets only a share of what the optimiser does inside reach the older slices of kernels in time."""
-    older = [m.weight.detach()[:, :, :-1] for m in vae.modules() if isinstance(m, nn.Conv3d) and m.kernel_size[0] > 1]
-    before = [weight.clone() for weight in older] if 0.0 < share < 1.0 else []
-    yield
-    if before:
-        torch._foreach_lerp_(before, older, share)
-        for weight, kept in zip(older, before, strict=True):
-            weight.copy_(kept)
-
-
-def learning_rate(step: int, steps: int, warmup: int) -> float:
-    """Linear warm-up, then one cosine to a fiftieth at `steps`."""
+def schedule(step: int, steps: int, warmup: int) -> float:
+    """Share of the learning rate: linear warm-up, then one cosine to a fiftieth at `steps`."""
     if step < warmup:
         return (step + 1) / warmup
     done = min((step - warmup) / max(steps - warmup, 1), 1.0)
@@ -214,9 +211,9 @@ def held_out_psnr(vae: AutoencoderKLWan, clips: list[Tensor]) -> dict[str, float
         still = decode(vae, encode(vae, video[:, :, -1:])).clamp(-1.0, 1.0)
         image.append(psnr(still, video[:, :, -1:]))
     return {
-        "psnr": float(np.mean(everything)),
-        "first_frame_psnr": float(np.mean(first)),
-        "image_psnr": float(np.mean(image)),
+        "held_out_psnr": float(np.mean(everything)),
+        "held_out_first_frame_psnr": float(np.mean(first)),
+        "held_out_image_psnr": float(np.mean(image)),
     }
 
 
@@ -228,7 +225,7 @@ def latent_statistics(latents: Tensor) -> tuple[list[float], list[float]]:
 
 
 def _batch(recipe: VaeRecipe, step: int, images: bool) -> Tensor:
-    """Random crops [B, 3, F, crop, crop] of fresh films, mirrored and with their colours swapped at random."""
+    """Random crops [B, 3, F, crop, crop]: of fresh films, mirrored and with their colours swapped at random."""
     count = recipe.image_batch if images else recipe.clip_batch
     frames = 1 if images else recipe.clip_frames
     crops = []
@@ -251,11 +248,23 @@ def _held_out(recipe: VaeRecipe, clips: int) -> list[Tensor]:
     return [to_video(make_clip(HELD_OUT + seed, 17, recipe.side, recipe.side).frames) for seed in range(clips)]
 
 
-def _use_flat_convolutions(vae: AutoencoderKLWan) -> None:
-    """Lets a lone first frame skip the two thirds of each kernel that only ever meet its zero padding."""
+def use_faster_layers(vae: AutoencoderKLWan) -> None:
+    """Swaps two layers for equal ones that are faster here; together a fifth of a step.
+
+    A lone first frame skips the two thirds of each kernel that only ever meet its zero padding, and norms over the
+    channels are written out, since the fused one strides through memory.
+    """
     for module in vae.modules():
         if isinstance(module, nn.Conv3d) and module.stride[0] == 1:
             module.forward = types.MethodType(_flat(type(module).forward), module)  # type: ignore[method-assign]
+        elif isinstance(module, WanRMS_norm):
+            module.forward = types.MethodType(_channel_norm, module)
+
+
+def _channel_norm(self: Any, x: Tensor) -> Tensor:
+    inverse = (x.square().sum(dim=1, keepdim=True) + 1e-12).rsqrt()
+    normed: Tensor = x * inverse * self.scale * self.gamma + self.bias
+    return normed
 
 
 def _flat(full: Callable[..., Tensor]) -> Callable[..., Tensor]:

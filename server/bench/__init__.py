@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from cinecat.server.bench.harness import Report
+from cinecat.server.bench.model import bench_model
 from cinecat.server.bench.serve import bench_serve
 
-BENCHES: Mapping[str, Callable[[bool, Path | None], Report]] = {"serve": bench_serve}
+BENCHES: Mapping[str, Callable[[bool, Path | None], Report]] = {"serve": bench_serve, "model": bench_model}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import math
+import operator
 import os
 import platform
 import statistics
@@ -18,8 +20,8 @@ class Check:
     """A measured value against its goal.
 
     Attributes:
-        goal: "<= 1.05" or ">= 0.5", or "" for a value that is only reported.
-        spread: lower and upper quartile of the value over the pairs.
+        goal: "<= 1.05", "< 35" or ">= 0.5", or "" for a value that is only reported.
+        spread: lower and upper quartile over the samples; of a share, its 95% interval.
     """
 
     value: float
@@ -79,7 +81,31 @@ def ratio_check(ours: Sequence[float], theirs: Sequence[float], at_most: float |
     value = statistics.median(ratios)
     low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else (value, value, value)
     goal = "" if at_most is None else f"<= {at_most:g}"
-    return Check(value, goal, at_most is None or value <= at_most, (low, high))
+    return Check(value, goal, _meets(value, goal), (low, high))
+
+
+def mean_check(values: Sequence[float], goal: str = "") -> Check:
+    """The mean of some samples against a goal such as ">= 33"."""
+    value = statistics.fmean(values)
+    low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else (value, value, value)
+    return Check(value, goal, _meets(value, goal), (low, high))
+
+
+def share_check(outcomes: Sequence[bool], goal: str = "") -> Check:
+    """The share of what went right, with Wilson's 95% interval."""
+    count, share, z = len(outcomes), statistics.fmean(outcomes), 1.96
+    middle = share + z * z / (2 * count)
+    reach = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    scale = 1 + z * z / count
+    return Check(share, goal, _meets(share, goal), ((middle - reach) / scale, (middle + reach) / scale))
+
+
+def _meets(value: float, goal: str) -> bool:
+    if not goal:
+        return True
+    relation, _, bound = goal.partition(" ")
+    compare: Callable[[float, float], bool] = {"<=": operator.le, ">=": operator.ge, "<": operator.lt}[relation]
+    return compare(value, float(bound))
 
 
 def as_text(report: Report) -> str:
@@ -88,12 +114,21 @@ def as_text(report: Report) -> str:
     for name, values in report.samples.items():
         low, median, high = statistics.quantiles(values, n=4) if len(values) > 1 else (values[0],) * 3
         lines.append(f"  {name:<28} median {median:8.3f}   quartiles {low:.3f} to {high:.3f}   n = {len(values)}")
+    if report.results:
+        lines += ["", *(f"  {_row(row)}" for row in report.results)]
     lines.append("")
     for name, check in report.checks.items():
         verdict = ("met" if check.met else "NOT MET") if check.goal else "reported"
         spread = f"{check.spread[0]:.3f} to {check.spread[1]:.3f}"
-        lines.append(f"  {name:<28} {check.value:8.3f} {check.goal:<8} {verdict}   quartiles {spread}")
+        lines.append(f"  {name:<28} {check.value:8.3f} {check.goal:<8} {verdict}   spread {spread}")
     return "\n".join(lines)
+
+
+def _row(row: Mapping[str, Any]) -> str:
+    known = {name: value for name, value in row.items() if value is not None}
+    return "   ".join(
+        f"{name} {value:.2f}" if isinstance(value, float) else f"{name} {value}" for name, value in known.items()
+    )
 
 
 def _machine() -> dict[str, Any]:

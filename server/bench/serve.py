@@ -23,7 +23,6 @@ from cinecat.server.artifacts import ArtifactFormat
 from cinecat.server.bench.harness import Report, interleave, ratio_check
 from cinecat.server.local_server import running_server
 from cinecat.server.mux import ClipShape, clip_metadata, exact_rate, open_writer
-from cinecat.server.settings import Settings
 
 _GOAL = 1.05
 _PAIRS, _QUICK_PAIRS = 15, 3
@@ -128,7 +127,7 @@ def load_reference(model: str = "wan-tiny") -> Any:
 
     from cinecat.engines.checkpoint import find_checkpoint
 
-    pipeline = WanImageToVideoPipeline.from_pretrained(find_checkpoint(model, Settings().model_cache).folder)
+    pipeline = WanImageToVideoPipeline.from_pretrained(find_checkpoint(model).folder)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from pathlib import Path
 
 import grpc
 import pytest
@@ -17,12 +16,10 @@ ServerFactory = Callable[..., AbstractContextManager[LocalServer]]
 
 
 @pytest.fixture(scope="session")
-def start_server(model_cache: Path) -> ServerFactory:
+def start_server() -> ServerFactory:
     """`with start_server(folder, "--grace-seconds", "1") as server:`."""
     # One thread: the clips are tiny, and two engine cores that share two CPUs spin at each other's barriers.
-    return lambda folder, *options: running_server(
-        folder, "--model-cache", str(model_cache), "--threads", "1", *options
-    )
+    return lambda folder, *options: running_server(folder, "--threads", "1", *options)
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,8 +25,8 @@ PROMPT = "a cat looks up"
 
 
 @pytest.fixture(scope="module")
-def reference(model_cache: Path) -> Any:
-    pipeline = WanImageToVideoPipeline.from_pretrained(find_checkpoint("wan-tiny", model_cache).folder)
+def reference() -> Any:
+    pipeline = WanImageToVideoPipeline.from_pretrained(find_checkpoint("wan-tiny").folder)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

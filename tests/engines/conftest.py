@@ -35,7 +35,6 @@ def micro(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config(micro: Path) -> CoreConfig:
     return CoreConfig(
         model=str(micro),
-        model_cache="",
         device="cpu",
         dtype="auto",
         threads=0,

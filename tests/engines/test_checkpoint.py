@@ -21,7 +21,7 @@ def copy(micro: Path, tmp_path: Path) -> Path:
 
 
 def test_a_complete_folder_is_named_after_itself(micro: Path) -> None:
-    checkpoint = find_checkpoint(str(micro), Path())
+    checkpoint = find_checkpoint(str(micro))
     assert (checkpoint.name, checkpoint.folder) == ("micro", micro)
 
 
@@ -48,7 +48,7 @@ def test_what_is_missing_is_named(copy: Path, remove: str, named: str) -> None:
     target = copy / remove
     shutil.rmtree(target) if target.is_dir() else target.unlink()
     with pytest.raises(ModelError, match="missing: ") as refused:
-        find_checkpoint(str(copy), Path())
+        find_checkpoint(str(copy))
     assert f"{refused.value}".endswith(f"missing: {named}")
 
 
@@ -57,14 +57,14 @@ def test_a_shard_that_the_index_names_must_be_there(copy: Path) -> None:
     index.write_text(json.dumps({"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}))
     (copy / "vae" / "one.safetensors").touch()
     with pytest.raises(ModelError, match=r"missing: vae/two\.safetensors$"):
-        find_checkpoint(str(copy), Path())
+        find_checkpoint(str(copy))
 
 
 def test_pickled_weights_do_not_count_as_weights(copy: Path) -> None:
     weights = copy / "vae" / "diffusion_pytorch_model.safetensors"
     weights.rename(weights.with_suffix(".bin"))
     with pytest.raises(ModelError, match="missing: vae/"):
-        find_checkpoint(str(copy), Path())
+        find_checkpoint(str(copy))
 
 
 @pytest.mark.parametrize(
@@ -79,35 +79,35 @@ def test_another_model_is_refused_by_its_config(copy: Path, change: dict[str, ob
     path = copy / "transformer" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(ModelError, match=says):
-        find_checkpoint(str(copy), Path())
+        find_checkpoint(str(copy))
 
 
 def test_a_name_that_is_nothing_says_what_it_could_be() -> None:
     with pytest.raises(ModelError, match="neither 'wan-tiny', nor a folder that exists, nor a hub id"):
-        find_checkpoint("/no/such/folder", Path())
+        find_checkpoint("/no/such/folder")
 
 
 def test_changed_weights_change_the_fingerprint(copy: Path) -> None:
-    before = find_checkpoint(str(copy), Path()).fingerprint
+    before = find_checkpoint(str(copy)).fingerprint
     weights = copy / "vae" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes() + b" ")
-    assert find_checkpoint(str(copy), Path()).fingerprint != before
+    assert find_checkpoint(str(copy)).fingerprint != before
 
 
 def test_damaged_weights_are_refused_with_their_folder(copy: Path) -> None:
     weights = copy / "transformer" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(ModelError, match="transformer cannot be loaded"):
-        load_model(find_checkpoint(str(copy), Path()), "cpu", "auto")
+        load_model(find_checkpoint(str(copy)), "cpu", "auto")
 
 
 @pytest.mark.parametrize(("device", "dtype"), [("tpu9", "auto"), ("cuda:99", "auto"), ("cpu", "float8")])
 def test_an_absent_device_or_dtype_is_refused(micro: Path, device: str, dtype: str) -> None:
     with pytest.raises(ModelError, match=r"^(device|dtype): .* is not"):
-        load_model(find_checkpoint(str(micro), Path()), device, dtype)
+        load_model(find_checkpoint(str(micro)), device, dtype)
 
 
 def test_only_flow_solvers_are_instantiated(copy: Path) -> None:
     (copy / "scheduler" / "scheduler_config.json").write_text('{"_class_name": "os"}')
     with pytest.raises(ModelError, match="scheduler 'os' is not one of"):
-        load_model(find_checkpoint(str(copy), Path()), "cpu", "auto")
+        load_model(find_checkpoint(str(copy)), "cpu", "auto")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,7 +31,7 @@ SHOT = Shot(
 
 @pytest.fixture(scope="module")
 def core(config: CoreConfig) -> EngineCore:
-    return EngineCore(find_checkpoint(config.model, Path()), config)
+    return EngineCore(find_checkpoint(config.model), config)
 
 
 @pytest.fixture

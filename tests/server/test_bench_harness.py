@@ -6,6 +6,7 @@ import csv
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,15 @@ import typer
 from typer.testing import CliRunner
 
 from cinecat.server import bench
-from cinecat.server.bench.harness import Check, Report, as_text, interleave, ratio_check
+from cinecat.server.bench.harness import (
+    Check,
+    Report,
+    as_text,
+    interleave,
+    mean_check,
+    ratio_check,
+    share_check,
+)
 from cinecat.server.commands import bench as bench_command
 
 
@@ -50,6 +59,30 @@ def test_a_goal_can_be_missed(ours: float, met: bool) -> None:
 def test_a_value_without_a_goal_is_only_reported() -> None:
     check = ratio_check([9.0], [1.0])
     assert (check.met, check.goal) == (True, "")
+
+
+@pytest.mark.parametrize(
+    ("goal", "met"), [(">= 2", True), (">= 2.1", False), ("< 2", False), ("<= 2", True), ("", True)]
+)
+def test_a_mean_meets_its_goal_or_not(goal: str, met: bool) -> None:
+    check = mean_check([1.0, 2.0, 3.0], goal)
+    assert (check.value, check.met) == (2.0, met)
+
+
+def test_a_share_has_wilson_s_interval() -> None:
+    check = share_check([True] * 95 + [False] * 5, ">= 0.95")
+    assert check.met
+    assert check.spread == pytest.approx((0.8882, 0.9785), abs=1e-3)
+
+
+def test_a_share_that_misses_its_goal_says_so() -> None:
+    assert not share_check([True] * 9 + [False], ">= 0.95").met
+
+
+def test_people_read_the_results_row_by_row() -> None:
+    text = as_text(replace(report(ratio_check([1.0], [2.0])), results=[{"kind": "pan", "psnr": 31.256, "right": None}]))
+    assert "kind pan   psnr 31.26" in text
+    assert "right" not in text
 
 
 def test_sides_of_different_length_are_no_pairs() -> None:

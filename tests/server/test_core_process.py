@@ -21,9 +21,7 @@ from cinecat.server.core_process import CoreProcess, FrameBuffer
 from cinecat.server.metrics import Metrics
 from tests.server import stub_core
 
-CONFIG = CoreConfig(
-    model="stub", model_cache="", device="cpu", dtype="float32", threads=1, style_slots=1, max_rank=8, cache_bytes=0
-)
+CONFIG = CoreConfig(model="stub", device="cpu", dtype="float32", threads=1, style_slots=1, max_rank=8, cache_bytes=0)
 
 
 @pytest.fixture

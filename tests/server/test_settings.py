@@ -28,7 +28,6 @@ TYPED = {
     "cache_mib": "7",
     "data_dir": "data",
     "artifact_url": "memory://clips",
-    "model_cache": "models",
     "styles_dirs": "styles",
     "max_queue": "5",
     "max_tokens": "2000",

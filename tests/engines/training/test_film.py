@@ -99,6 +99,15 @@ def test_a_thing_that_passes_behind_is_hidden_by_the_other() -> None:
     assert any(area.min() < 0.7 * area.max() for area in areas)
 
 
+def test_a_camera_over_a_cluttered_wall_shows_the_same_wall_elsewhere() -> None:
+    clip = next(c for c in (make_clip(s, 5, 128, 128, kind="pan") for s in range(400)) if _pans_right_over_clutter(c))
+    assert clip.frames[0][:, 40:] == pytest.approx(clip.frames[4][:, 36:-4], abs=1)
+
+
+def _pans_right_over_clutter(clip: Clip) -> bool:
+    return clip.scene.wall.kind == "cluttered" and "pans right slowly" in clip.caption
+
+
 def test_a_slide_takes_another_direction() -> None:
     scene = draw_scene(0, 5, kind="slide")
     assert " moves up " in recaptioned(scene, "up")

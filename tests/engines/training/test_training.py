@@ -112,7 +112,7 @@ def test_the_transformer_resumes_as_if_never_stopped(tmp_path: Path) -> None:
 
 def test_training_lowers_the_transformer_s_loss(tmp_path: Path) -> None:
     journal = Journal(tmp_path, "dit")
-    recipe = replace(DIT_RECIPE, steps=60, learning_rate=3e-3, warmup=5)
+    recipe = replace(DIT_RECIPE, steps=60, adam_rate=3e-3, warmup=5)
     latents = micro_latents()
     train_dit(micro_transformer(), latents, latents, recipe, journal, save_seconds=0.0)
     rows = journal.curve.read_text().splitlines()[1:]
@@ -134,7 +134,7 @@ def test_collapsed_padding_is_the_padded_prompt() -> None:
 
 
 def test_films_are_encoded_as_the_engine_encodes_them(micro_folder: Path) -> None:
-    model = load_model(find_checkpoint(str(micro_folder), micro_folder.parent), "cpu", "float32")
+    model = load_model(find_checkpoint(str(micro_folder)), "cpu", "float32")
     film = make_clip(0, 5, 32, 32)
     latents = encode_films(model, lambda seed: make_clip(seed, 5, 32, 32), range(2))
     with torch.inference_mode():
@@ -157,7 +157,7 @@ def test_a_plan_writes_a_folder_that_loads(tmp_path: Path) -> None:
     stage = Stage("dit", 16, replace(DIT_RECIPE, steps=1), side=32, frames=5, clips=4, probes=4)
     plan = TrainingPlan(vae=replace(VAE_RECIPE, steps=1), stages=(stage,), model=MICRO)
     train_tiny(tmp_path / "trained", tmp_path / "work", plan)
-    model = load_model(find_checkpoint(str(tmp_path / "trained"), tmp_path), "cpu", "float32")
+    model = load_model(find_checkpoint(str(tmp_path / "trained")), "cpu", "float32")
     assert len(set(model.vae.config.latents_std)) == 16
     assert next(model.transformer.parameters()).dtype == torch.float32
 
