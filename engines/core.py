@@ -18,18 +18,24 @@ from cinecat.engines.cache import ContentCache
 from cinecat.engines.checkpoint import Checkpoint
 from cinecat.engines.denoise import Branch, Denoiser, TorchBlocks
 from cinecat.engines.errors import EngineError
+from cinecat.engines.memory import available_bytes, check_slots_fit
 from cinecat.engines.messages import (
     VAE_TEMPORAL_STRIDE,
     Conditioned,
     CoreConfig,
     Decoded,
     ModelInfo,
+    Notice,
+    ResidentStyle,
     Shot,
+    SlotMemory,
     StageTime,
     Stepped,
+    StyleUse,
 )
 from cinecat.engines.model import WanModel, load_model, synchronize
-from cinecat.engines.slots import Factors, StyleSlots, Worn
+from cinecat.engines.slots import Factors, StyleSlots, Worn, bank_bytes, other_targets
+from cinecat.engines.variants import Variant, fuse_variant
 from cinecat.plugins.lora import load_lora
 
 
@@ -50,8 +56,18 @@ class _Request:
 class EngineCore:
     """A loaded model and the requests in it. Not thread-safe: one caller, one call at a time."""
 
-    def __init__(self, checkpoint: Checkpoint, config: CoreConfig) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        config: CoreConfig,
+        variant: Variant | None = None,
+        announce: Callable[[Notice], object] = lambda notice: None,
+    ) -> None:
         """Loads the model.
+
+        Args:
+            variant: what is fused into it.
+            announce: hears what happens meanwhile.
 
         Raises:
             ModelError: it cannot be served here.
@@ -61,16 +77,22 @@ class EngineCore:
         self._model = load_model(checkpoint, config.device, config.dtype)
         parameters, weights_bytes = _size(self._model)
         transformer = self._model.transformer
-        self._slots = StyleSlots(transformer.blocks, config.style_slots, config.max_rank, self._model.dtype)
+        if variant is not None:
+            announce(fuse_variant(transformer, variant))
+        memory = _slot_memory(self._model, config)
+        announce(memory)
+        check_slots_fit(memory)
+        others = other_targets(transformer)
+        self._slots = StyleSlots(transformer.blocks, config.style_slots, config.max_rank, self._model.dtype, others)
         blocks = TorchBlocks(transformer, self._slots)
         self._denoiser = Denoiser(transformer, blocks)
         self._cache = ContentCache(config.cache_bytes)
         self._requests: dict[str, _Request] = {}
         positions = transformer.config.rope_max_seq_len
         self.model_info = ModelInfo(
-            name=checkpoint.name,
+            name=f"{checkpoint.name}+{variant.name}" if variant else checkpoint.name,
             family=checkpoint.family,
-            fingerprint=checkpoint.fingerprint,
+            fingerprint=variant.fingerprint(checkpoint.fingerprint) if variant else checkpoint.fingerprint,
             device=str(self._model.device),
             dtype=str(self._model.dtype).removeprefix("torch."),
             engine=blocks.name,
@@ -81,6 +103,9 @@ class EngineCore:
             max_size=positions * self._pixel_stride * transformer.config.patch_size[1],
             max_rank=config.max_rank,
             style_targets=dict(self._slots.targets),
+            shift=self._model.shift,
+            other_targets=others,
+            variant=variant.name if variant else "",
         )
 
     @property
@@ -90,12 +115,24 @@ class EngineCore:
 
     @torch.inference_mode()
     def condition(self, shot: Shot) -> Conditioned:
-        """Encodes a request's inputs, makes its styles resident and draws its noise.
+        """Makes a request's styles resident, encodes its inputs and draws its noise.
 
         Raises:
+            NoFreeSlot: running requests wear all slots; nothing was encoded.
             EngineError: its styles cannot be worn.
         """
         self.release(shot.job_id)
+        strengths: defaultdict[str, float] = defaultdict(float)
+        for style in shot.styles:
+            strengths[style.fingerprint] += style.strength  # one file under two names
+        worn = self._slots.wear(strengths, lambda fingerprint: _load_style(shot.styles, fingerprint))
+        try:
+            return self._condition(shot, worn)
+        except BaseException:
+            self._slots.take_off(worn)
+            raise
+
+    def _condition(self, shot: Shot, worn: Worn) -> Conditioned:
         model, clock = self._model, _Clock(self._model.device)
         guided = shot.guidance_scale > 1.0
         prompts = [shot.prompt, shot.negative_prompt] if guided else [shot.prompt]
@@ -121,27 +158,19 @@ class EngineCore:
             ],
         )[0]
         latent_shape = (1, model.vae.config.z_dim, *condition.shape[2:])
-        strengths: defaultdict[str, float] = defaultdict(float)
-        for style in shot.styles:
-            strengths[style.fingerprint] += style.strength  # one file under two names
-        worn = self._slots.wear(strengths, lambda fingerprint: _load_style(shot, fingerprint))
-        try:
-            self._requests[shot.job_id] = _Request(
-                latents=stages.starting_noise(shot.seed, latent_shape, model.device),
-                condition=condition,
-                branches=tuple(self._denoiser.project_context(text, image) for text in texts),
-                guidance_scale=shot.guidance_scale,
-                scheduler=model.new_scheduler(shot.steps),
-                worn=worn,
-            )
-        except BaseException:
-            self._slots.take_off(worn)
-            raise
         tokens = self._denoiser.token_count(*latent_shape[2:])
         notes: tuple[str, ...] = ()
         if stages.prompt_is_truncated(model, shot.prompt):
             notes = (f"prompt: cut after {stages.TEXT_TOKENS} tokens, which is all that the text encoder reads",)
-        return Conditioned(tuple(clock.timings), tokens_used=tokens, tokens_uniform=tokens, notes=notes)
+        self._requests[shot.job_id] = _Request(
+            latents=stages.starting_noise(shot.seed, latent_shape, model.device),
+            condition=condition,
+            branches=tuple(self._denoiser.project_context(text, image) for text in texts),
+            guidance_scale=shot.guidance_scale,
+            scheduler=model.new_scheduler(shot.steps, shot.shift),
+            worn=worn,
+        )
+        return Conditioned(tuple(clock.timings), tokens, tokens, notes, self.residency())
 
     @torch.inference_mode()
     def step(self, job_id: str) -> Stepped:
@@ -194,6 +223,20 @@ class EngineCore:
         if request is not None:
             self._slots.take_off(request.worn)
 
+    @torch.inference_mode()
+    def warm(self, style: StyleUse) -> None:
+        """Makes a style resident, so that the next request that wears it reads no file.
+
+        Raises:
+            NoFreeSlot: running requests wear all slots.
+            EngineError: it cannot be worn.
+        """
+        self._slots.take_off(self._slots.wear({style.fingerprint: 1.0}, lambda name: _load_style((style,), name)))
+
+    def residency(self) -> tuple[ResidentStyle, ...]:
+        """What is in the slots, least recently used first."""
+        return self._slots.residency()
+
     def _request(self, job_id: str) -> _Request:
         request = self._requests.get(job_id)
         if request is None:
@@ -217,9 +260,9 @@ class _Clock:
         return [tensor for tensor, _ in results]
 
 
-def _load_style(shot: Shot, fingerprint: str) -> Factors:
+def _load_style(styles: tuple[StyleUse, ...], fingerprint: str) -> Factors:
     """Reads a style's factors; what is resident under a fingerprint must be what the fingerprint says."""
-    path = Path(next(style.path for style in shot.styles if style.fingerprint == fingerprint))
+    path = Path(next(style.path for style in styles if style.fingerprint == fingerprint))
     try:
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
@@ -228,6 +271,17 @@ def _load_style(shot: Shot, fingerprint: str) -> Factors:
     if found != fingerprint:
         raise EngineError(f"styles: {path.name} was replaced since the request was accepted; ask again")
     return load_lora(path)
+
+
+def _slot_memory(model: WanModel, config: CoreConfig) -> SlotMemory:
+    blocks = model.transformer.blocks
+    return SlotMemory(
+        device=str(model.device),
+        style_slots=config.style_slots,
+        max_rank=config.max_rank,
+        size_bytes=bank_bytes(blocks, config.style_slots, config.max_rank, model.dtype),
+        available_bytes=available_bytes(model.device),
+    )
 
 
 def _size(model: WanModel) -> tuple[int, int]:

@@ -7,8 +7,12 @@ class EngineError(Exception):
     """A request that the engine could not carry out; the engine itself is fine."""
 
 
+class NoFreeSlot(EngineError):
+    """Every style slot is worn by a running request; the same request succeeds once one of them ends."""
+
+
 class ModelError(EngineError):
-    """A model folder that cannot be served; the message names what is missing."""
+    """A model that cannot be served; the message names what is missing, or the setting that is wrong."""
 
 
 class OutOfMemory(EngineError):

@@ -7,7 +7,7 @@ Decode until done, Release; Release may come at any time.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -30,6 +30,7 @@ class CoreConfig:
         style_slots: styles resident at once.
         max_rank: LoRA rank that a slot holds, summed over the styles that share it.
         cache_bytes: bound of the prompt, image and condition caches together.
+        model_variant: path of a file whose changes are fused into the transformer; empty for none.
     """
 
     model: str
@@ -39,6 +40,7 @@ class CoreConfig:
     style_slots: int
     max_rank: int
     cache_bytes: int
+    model_variant: str = ""
 
 
 @dataclass(frozen=True)
@@ -46,10 +48,15 @@ class ModelInfo:
     """What the front tells clients about the loaded model, and checks requests against.
 
     Attributes:
+        fingerprint: changes with the weights, and with what is fused into them.
         size_multiple: width and height are multiples of this many pixels.
         style_targets: (in, out) features of every linear that a style may change, by module path.
+        other_targets: the same of linears and convolutions outside the blocks, where no style reaches; a convolution
+            counts channels times the sizes of its kernel as what goes in.
         max_frames: longest clip that the transformer's position table holds.
         max_size: largest width or height that the position table holds, in pixels.
+        shift: of the noise schedule, where a request gives none.
+        variant: file name of the model variant that is fused into the transformer; empty for none.
     """
 
     name: str
@@ -65,6 +72,9 @@ class ModelInfo:
     max_size: int
     max_rank: int
     style_targets: Mapping[str, tuple[int, int]]
+    shift: float = 1.0
+    other_targets: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    variant: str = ""
 
 
 @dataclass(frozen=True)
@@ -84,6 +94,7 @@ class Shot:
         image: first frame, uint8 [height, width, 3], sRGB; its shape is the clip's size.
         frames: 4k + 1.
         seed: 0 to 2^63 - 1.
+        shift: of the noise schedule; None is the model's own.
     """
 
     job_id: str
@@ -95,6 +106,7 @@ class Shot:
     guidance_scale: float
     seed: int
     styles: tuple[StyleUse, ...]
+    shift: float | None = None
 
 
 @dataclass(frozen=True)
@@ -127,7 +139,63 @@ class Release:
     job_id: str
 
 
-Call: TypeAlias = Condition | Step | Decode | Release
+@dataclass(frozen=True)
+class Warm:
+    """Make a style resident; its strength does not matter."""
+
+    style: StyleUse
+
+
+Call: TypeAlias = Condition | Step | Decode | Release | Warm
+
+
+@dataclass(frozen=True)
+class ResidentStyle:
+    """What a slot holds: one style, or several stacked.
+
+    Attributes:
+        fingerprints: of the styles.
+        size_bytes: of the slot, whatever it holds.
+    """
+
+    slot: int
+    fingerprints: tuple[str, ...]
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class SlotMemory:
+    """Comes before Ready: the memory that the style slots are about to take.
+
+    Attributes:
+        style_slots, max_rank: the settings that it comes from.
+        size_bytes: of all banks, the slot for "no style" included.
+        available_bytes: what the device has left; None where that cannot be told.
+    """
+
+    device: str
+    style_slots: int
+    max_rank: int
+    size_bytes: int
+    available_bytes: int | None
+
+
+@dataclass(frozen=True)
+class VariantFused:
+    """Comes before Ready: a model variant is in the transformer.
+
+    Attributes:
+        name: of its file.
+        parameters: how many it changed.
+        ignored: how many tensors of the file change nothing.
+    """
+
+    name: str
+    parameters: int
+    ignored: int
+
+
+Notice: TypeAlias = SlotMemory | VariantFused
 
 
 @dataclass(frozen=True)
@@ -141,19 +209,22 @@ class StageTime:
 
 @dataclass(frozen=True)
 class Ready:
-    """First message of a core: the model is loaded."""
+    """The model is loaded; only notices come before."""
 
     model: ModelInfo
 
 
 @dataclass(frozen=True)
 class Conditioned:
-    """Answer to Condition. `tokens_used` and `tokens_uniform` are per forward and row."""
+    """Answer to Condition. `tokens_used` and `tokens_uniform` are per forward and row; `resident` is what is in the
+    slots now.
+    """
 
     timings: tuple[StageTime, ...]
     tokens_used: int
     tokens_uniform: int
     notes: tuple[str, ...]
+    resident: tuple[ResidentStyle, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -181,12 +252,19 @@ class Released:
 
 
 @dataclass(frozen=True)
+class Warmed:
+    """Answer to Warm: what is in the slots now."""
+
+    resident: tuple[ResidentStyle, ...]
+
+
+@dataclass(frozen=True)
 class Failure:
     """Answer to a call that failed. After a fatal one the core ends itself: its device is not to be trusted."""
 
-    kind: Literal["model", "memory", "request", "internal"]
+    kind: Literal["model", "memory", "slots", "request", "internal"]
     message: str
     fatal: bool = False
 
 
-Answer: TypeAlias = Ready | Conditioned | Stepped | Decoded | Released | Failure
+Answer: TypeAlias = Ready | Conditioned | Stepped | Decoded | Released | Warmed | Failure

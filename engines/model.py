@@ -37,11 +37,21 @@ class WanModel:
     scheduler_class: Any
     scheduler_config: dict[str, Any]
 
-    def new_scheduler(self, steps: int) -> Any:
-        """A fresh diffusers scheduler (solver state of one request) set to `steps` steps."""
-        scheduler = self.scheduler_class.from_config(self.scheduler_config)
+    @property
+    def shift(self) -> float:
+        """Shift of the noise schedule, where a request gives none."""
+        return float(self.scheduler_config.get(self._shift_key, 1.0))
+
+    def new_scheduler(self, steps: int, shift: float | None = None) -> Any:
+        """A fresh diffusers scheduler (solver state of one request) set to `steps` steps; `shift` None is its own."""
+        changes = {} if shift is None else {self._shift_key: shift}
+        scheduler = self.scheduler_class.from_config(self.scheduler_config, **changes)
         scheduler.set_timesteps(steps, device=self.device)
         return scheduler
+
+    @property
+    def _shift_key(self) -> str:
+        return "shift" if self.scheduler_class is diffusers.FlowMatchEulerDiscreteScheduler else "flow_shift"
 
     @property
     def modules(self) -> tuple[torch.nn.Module, ...]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cinecat.engines.checkpoint import find_checkpoint
-from cinecat.engines.errors import EngineError, ModelError, OutOfMemory
+from cinecat.engines.errors import EngineError, ModelError, NoFreeSlot, OutOfMemory
 from cinecat.engines.messages import (
     Answer,
     Call,
@@ -29,7 +29,10 @@ from cinecat.engines.messages import (
     Release,
     Released,
     Step,
+    Warm,
+    Warmed,
 )
+from cinecat.engines.variants import find_variant
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,18 +43,19 @@ log = logging.getLogger(__name__)
 
 
 def run_core(connection: Connection, config: CoreConfig) -> None:
-    """Body of the process: loads the model, says Ready, then answers calls until the pipe closes."""
+    """Body of the process: loads the model, says Ready after any notices, then answers calls until the pipe closes."""
     # The parent decides when to stop; a Ctrl-C in the terminal must not tear a step.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _die_with_parent()
     # transformers warns that there is no torchvision, which nothing here uses.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        # Before torch is loaded, so that a wrong folder is refused at once.
+        # Before torch is loaded, so that a wrong folder or file is refused at once.
+        variant = find_variant(config.model_variant)
         checkpoint = find_checkpoint(config.model)
         from cinecat.engines.core import EngineCore
 
-        core = EngineCore(checkpoint, config)
+        core = EngineCore(checkpoint, config, variant, connection.send)
     except Exception as error:
         connection.send(_failure(error))
         return
@@ -94,6 +98,9 @@ def _answer(core: EngineCore, call: Call) -> Answer:
         case Release(job_id):
             core.release(job_id)
             return Released()
+        case Warm(style):
+            core.warm(style)
+            return Warmed(core.residency())
 
 
 def _write_frames(frames: Tensor, buffer: str, dtype: str) -> None:
@@ -124,6 +131,8 @@ def _failure(error: Exception) -> Failure:
         return Failure("memory", f"out of memory: {message.splitlines()[0]}")
     if isinstance(error, OutOfMemory):
         return Failure("memory", message)
+    if isinstance(error, NoFreeSlot):
+        return Failure("slots", message)
     if isinstance(error, EngineError) or type(error).__module__.startswith("cinecat.plugins"):
         return Failure("request", message)
     log.exception("engine core failed", exc_info=error)

@@ -7,14 +7,17 @@ A style is made resident by copying it into a slot; the weights W are never writ
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
 
-from cinecat.engines.errors import EngineError
+from cinecat.engines.errors import EngineError, NoFreeSlot
+from cinecat.engines.messages import ResidentStyle
 
 # LoRA factors by module path, e.g. "blocks.0.attn2.to_q" -> (A [rank, in], B [out, rank]), scaling folded in.
 Factors = Mapping[str, tuple[Tensor, Tensor]]
@@ -28,6 +31,13 @@ _TARGETS = (
 )
 
 
+# Fingerprints of the styles in a slot; with their strengths where several are stacked.
+_Key = tuple[tuple[str, float | None], ...]
+
+# So much of a fingerprint is shown.
+_NAME = 12
+
+
 @dataclass
 class _Rows:
     """Which slot each row of the running forward wears; None while no row wears any."""
@@ -36,22 +46,27 @@ class _Rows:
     strengths: Tensor | None = None  # [rows, 1, 1]
 
 
-class SlottedLinear(nn.Module):
-    """A linear layer that adds each row's style. Input [rows, n, in], output [rows, n, out]."""
+class SlottedLinear(nn.Linear):
+    """A linear layer that adds each row's style. Input [rows, n, in], output [rows, n, out].
+
+    It has the weight and the bias of the layer it replaces, rather than the layer: a call more for each linear of a
+    forward is what small models would feel.
+    """
 
     def __init__(self, base: nn.Linear, bank_a: Tensor, bank_b: Tensor, rows: _Rows) -> None:
-        super().__init__()
-        self.base = base
+        super().__init__(base.in_features, base.out_features, base.bias is not None, device="meta")
+        self.weight, self.bias = base.weight, base.bias
         self._bank_a = bank_a  # [slots + 1, rank, in]
         self._bank_b = bank_b  # [slots + 1, out, rank]
         self._rows = rows
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.base(x)
-        if self._rows.slots is None or self._rows.strengths is None:
+        y = F.linear(x, self.weight, self.bias)
+        slots, strengths = self._rows.slots, self._rows.strengths
+        if slots is None or strengths is None:
             return y
-        low = x @ self._bank_a[self._rows.slots].mT
-        return y + self._rows.strengths * (low @ self._bank_b[self._rows.slots].mT)
+        low = x @ self._bank_a[slots].mT
+        return y + strengths * (low @ self._bank_b[slots].mT)
 
 
 @dataclass(frozen=True)
@@ -70,21 +85,33 @@ class StyleSlots:
 
     One style takes a slot as it is, its strength given per row. Several styles worn together are stacked along the
     rank with their strengths folded in, which is exact: B1 A1 + B2 A2 = [B1 B2] [A1; A2].
+
+    Attributes:
+        targets: (in, out) features of every linear that a style may change, by module path.
     """
 
-    def __init__(self, blocks: nn.ModuleList, slots: int, max_rank: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        blocks: nn.ModuleList,
+        slots: int,
+        max_rank: int,
+        dtype: torch.dtype,
+        ignored: Container[str] = frozenset(),
+    ) -> None:
         """Replaces the target linears of `blocks` and allocates the banks.
 
         Args:
             blocks: diffusers' WanTransformerBlocks, all alike.
             slots: styles resident at once.
             max_rank: rank of a slot.
+            ignored: modules that a style's file may change without effect, as in `other_targets`.
         """
         self._slots = slots
         self._max_rank = max_rank
+        self._ignored = ignored
         self._rows = _Rows()
         self._banks: dict[str, tuple[Tensor, Tensor]] = {}
-        self._resident: OrderedDict[tuple[tuple[str, float | None], ...], int] = OrderedDict()
+        self._resident: OrderedDict[_Key, int] = OrderedDict()
         self._users = [0] * (slots + 1)
         self.targets: dict[str, tuple[int, int]] = {}
         for target in _TARGETS:
@@ -106,7 +133,8 @@ class StyleSlots:
             load: reads a style's factors; called only when the combination is not resident.
 
         Raises:
-            EngineError: every slot is in use, the ranks do not fit a slot, or a style does not fit the model.
+            NoFreeSlot: every slot is in use. Nothing was read.
+            EngineError: the ranks do not fit a slot, or a style does not fit the model. Nothing was changed.
         """
         active = {fingerprint: strength for fingerprint, strength in sorted(styles.items()) if strength != 0.0}
         if not active:
@@ -116,10 +144,12 @@ class StyleSlots:
         strength = next(iter(active.values())) if alone else 1.0
         slot = self._resident.get(key)
         if slot is None:
-            factors = [(load(name), 1.0 if alone else weight) for name, weight in active.items()]
-            self._check(factors)
-            slot = self._free_slot()
-            self._write(slot, factors)
+            slot, evicted = self._next_slot()
+            factors = {name: self._reachable(name, load(name)) for name in active}
+            self._check_ranks(factors)
+            if evicted is not None:
+                del self._resident[evicted]
+            self._write(slot, [(factors[name], 1.0 if alone else weight) for name, weight in active.items()])
             self._resident[key] = slot
         self._resident.move_to_end(key)
         self._users[slot] += 1
@@ -129,6 +159,12 @@ class StyleSlots:
         """Ends one use of a slot; the style stays resident until its slot is needed."""
         if worn.slot:
             self._users[worn.slot] -= 1
+
+    def residency(self) -> tuple[ResidentStyle, ...]:
+        """What is in the slots, least recently used first."""
+        banks = [bank for pair in self._banks.values() for bank in pair]
+        size = sum(bank.nbytes for bank in banks) // (self._slots + 1)
+        return tuple(ResidentStyle(slot, tuple(name for name, _ in key), size) for key, slot in self._resident.items())
 
     def dress(self, rows: list[Worn]) -> None:
         """Says what each row of the coming forwards wears."""
@@ -141,32 +177,47 @@ class StyleSlots:
             [worn.strength for worn in rows], device=bank.device, dtype=bank.dtype
         ).view(-1, 1, 1)
 
-    def _free_slot(self) -> int:
+    def _next_slot(self) -> tuple[int, _Key | None]:
+        """The slot to write next, and what is resident there."""
         taken = set(self._resident.values())
         for slot in range(1, self._slots + 1):
             if slot not in taken:
-                return slot
+                return slot, None
         for key, slot in self._resident.items():  # least recently used first
             if not self._users[slot]:
-                del self._resident[key]
-                return slot
-        raise EngineError(f"styles: all {self._slots} style slots are in use by running requests")
+                return slot, key
+        raise NoFreeSlot(f"no style slot is free: {self._slots} of {self._slots} are worn by running clips")
 
-    def _check(self, styles: list[tuple[Factors, float]]) -> None:
-        ranks: dict[str, int] = {}
-        for factors, _ in styles:
-            for target, (a, b) in factors.items():
-                expected = self.targets.get(target)
-                if expected is None:
-                    raise EngineError(f"styles: the model has no layer {target!r} that a style can change")
-                if (a.shape[1], b.shape[0]) != expected or a.shape[0] != b.shape[1]:
-                    raise EngineError(
-                        f"styles: {target}: factors {tuple(a.shape)} and {tuple(b.shape)} do not fit a "
-                        f"{expected[0]} -> {expected[1]} layer"
-                    )
-                ranks[target] = ranks.get(target, 0) + a.shape[0]
-        if ranks and max(ranks.values()) > self._max_rank:
-            raise EngineError(f"styles: ranks add up to {max(ranks.values())}, a slot holds {self._max_rank}")
+    def _reachable(self, name: str, factors: Factors) -> Factors:
+        """Those factors of a style that the slots serve, checked against the layers they are for."""
+        reachable = {target: pair for target, pair in factors.items() if target in self.targets}
+        for target in factors:
+            if target not in reachable and target not in self._ignored:
+                raise EngineError(f"styles: the model has no layer {target!r} that a style can change")
+        if not reachable:
+            raise EngineError(f"styles: {name[:_NAME]} changes only layers outside the blocks, where no style reaches")
+        for target, (a, b) in reachable.items():
+            expected = self.targets[target]
+            if (a.shape[1], b.shape[0]) != expected or a.shape[0] != b.shape[1]:
+                raise EngineError(
+                    f"styles: {target}: factors {tuple(a.shape)} and {tuple(b.shape)} do not fit a "
+                    f"{expected[0]} -> {expected[1]} layer"
+                )
+        return reachable
+
+    def _check_ranks(self, styles: Mapping[str, Factors]) -> None:
+        ranks: dict[str, dict[str, int]] = {}
+        for name, factors in styles.items():
+            for target, (a, _) in factors.items():
+                ranks.setdefault(target, {})[name] = a.shape[0]
+        highest = max(ranks, key=lambda target: sum(ranks[target].values()))
+        total = sum(ranks[highest].values())
+        if total > self._max_rank:
+            each = " and ".join(f"{name[:_NAME]} (rank {rank})" for name, rank in ranks[highest].items())
+            raise EngineError(
+                f"styles: {each} add up to rank {total} at {highest}, a slot holds {self._max_rank}; "
+                f"wear fewer, or raise the setting max_rank to {total}"
+            )
 
     def _write(self, slot: int, styles: list[tuple[Factors, float]]) -> None:
         """Overwrites the whole slot, so that nothing of its last style stays in layers the new one leaves out."""
@@ -183,6 +234,23 @@ class StyleSlots:
                 bank_a[int(layer), slot, start:end].copy_(a)
                 bank_b[int(layer), slot, :, start:end].copy_(b * weight)
                 used[path] = end
+
+
+def bank_bytes(blocks: nn.ModuleList, slots: int, max_rank: int, dtype: torch.dtype) -> int:
+    """What the banks of such StyleSlots take: (slots + 1) x rank x (in + out), over all targets of all layers."""
+    linears = [_linear(block, target) for block in blocks for target in _TARGETS]
+    return sum(each.in_features + each.out_features for each in linears) * (slots + 1) * max_rank * dtype.itemsize
+
+
+def other_targets(transformer: nn.Module) -> dict[str, tuple[int, int]]:
+    """Sizes of the linears and convolutions outside the blocks, by module path: (in, out) features, where a
+    convolution's count channels times the sizes of its kernel as what goes in.
+    """
+    return {
+        path: (math.prod(module.weight.shape[1:]), module.weight.shape[0])
+        for path, module in transformer.named_modules()
+        if not path.startswith("blocks.") and isinstance(module, nn.Linear | nn.Conv3d)
+    }
 
 
 def _linear(block: nn.Module, target: str) -> nn.Linear:

@@ -1,7 +1,7 @@
 """wan-tiny: the classes and folder layout of the Wan2.1 I2V diffusers checkpoints, small enough for a CPU.
 
-What is built here is untrained, its weights drawn from a seed; `training.recipe` makes the bundled one of it. Everything
-that loads, serves or tests a real checkpoint meets wan-tiny through the same files.
+What is built here is untrained, its weights drawn from a seed; `training.recipe` makes the bundled one of it.
+Everything that loads, serves or tests a real checkpoint meets wan-tiny through the same files.
 """
 
 from __future__ import annotations

@@ -2,24 +2,71 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from cinecat.plugins.errors import StyleError, near_miss, quoted
 
+T = TypeVar("T")
+
 MANIFEST_NAME = "style.toml"
 MAX_MANIFEST_BYTES = 64 * 1024
+MAX_PREVIEW_BYTES = 2 * 1024 * 1024
+PROMPT = "{prompt}"
+
+PREVIEW_TYPES = {
+    ".png": "image/png",
+    ".jpg": "image/jpeg",
+    ".jpeg": "image/jpeg",
+    ".webp": "image/webp",
+    ".mp4": "video/mp4",
+    ".webm": "video/webm",
+}
 
 _LINE = r"^[^\x00-\x1f\x7f]*$"
 _Line = Annotated[str, Field(max_length=200, pattern=_LINE, description="one line of at most 200 characters")]
 _TriggerWord = Annotated[str, Field(min_length=1, max_length=64, pattern=_LINE)]
+_CONFIG = ConfigDict(strict=True, extra="forbid")
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(strict=True, extra="forbid"))
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
+class BaseDims:
+    """Sizes of the transformer that a style was made for; what is None goes unchecked."""
+
+    dim: Annotated[
+        int | None,
+        Field(ge=1, le=2**20, description="a whole number from 1 to 1048576: channels of a token, 5120 in Wan2.1 14B"),
+    ] = None
+    ffn_dim: Annotated[
+        int | None,
+        Field(ge=1, le=2**20, description="a whole number from 1 to 1048576: width of the feed-forward layers"),
+    ] = None
+    layers: Annotated[
+        int | None, Field(ge=1, le=1000, description="a whole number from 1 to 1000: transformer blocks")
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
+class SamplerDefaults:
+    """How a style wants to be sampled where the request does not say; None leaves it to the model."""
+
+    steps: Annotated[int | None, Field(ge=1, le=10_000, description="a whole number from 1 to 10000")] = None
+    guidance_scale: Annotated[
+        float | None, Field(ge=0.0, le=30.0, allow_inf_nan=False, description="a number from 0 to 30")
+    ] = None
+    # Of the noise schedule: above 1 spends more of the steps on the noisy part.
+    shift: Annotated[
+        float | None, Field(ge=0.01, le=100.0, allow_inf_nan=False, description="a number from 0.01 to 100")
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class StyleManifest:
     """A style's own description. The description of each field says what it allows."""
 
@@ -67,6 +114,15 @@ class StyleManifest:
         tuple[_TriggerWord, ...],
         Field(strict=False, max_length=32, description="a list of at most 32 strings of 1 to 64 characters"),
     ] = ()
+    # What becomes of a request's prompt, e.g. "film noir, {prompt}"; empty leaves it as it is.
+    prompt_template: Annotated[
+        str,
+        Field(
+            max_length=1000,
+            pattern=r"^([^\x00-\x1f\x7f]*\{prompt\}[^\x00-\x1f\x7f]*)?$",
+            description="one line of at most 1000 characters that holds {prompt}",
+        ),
+    ] = ""
     # Multiplier on the style's effect when the request gives none.
     default_strength: Annotated[
         float,
@@ -74,6 +130,24 @@ class StyleManifest:
     ] = 1.0
     license: _Line = ""
     author: _Line = ""
+    # A picture or a short clip of what the style does.
+    preview: Annotated[
+        str,
+        Field(
+            max_length=255,
+            pattern=r"^([^/\\.\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]*\.(png|jpg|jpeg|webp|mp4|webm))?$",
+            description="the name of a .png, .jpg, .jpeg, .webp, .mp4 or .webm file in the style's own folder, "
+            "without a path",
+        ),
+    ] = ""
+    base_dims: Annotated[
+        BaseDims,
+        Field(description="a table with dim, ffn_dim and layers, whole numbers"),
+    ] = BaseDims()
+    sampler: Annotated[
+        SamplerDefaults,
+        Field(description="a table with steps, guidance_scale and shift, numbers"),
+    ] = SamplerDefaults()
 
     @property
     def version_key(self) -> tuple[int, ...]:
@@ -81,49 +155,125 @@ class StyleManifest:
         return tuple(int(part) for part in self.version.split("."))
 
 
-_ADAPTER = TypeAdapter(StyleManifest)
-_ALLOWED = {key: schema["description"] for key, schema in _ADAPTER.json_schema(mode="validation")["properties"].items()}
+def _allowed(kind: Any) -> dict[str, str]:
+    """What each key of a table must be."""
+    properties = TypeAdapter(kind).json_schema(mode="validation")["properties"]
+    return {key: schema["description"] for key, schema in properties.items()}
+
+
+_TABLES: Mapping[str, Any] = {"base_dims": BaseDims, "sampler": SamplerDefaults}
+_ALLOWED: Mapping[Any, dict[str, str]] = {kind: _allowed(kind) for kind in (StyleManifest, BaseDims, SamplerDefaults)}
+KEYS = tuple(_ALLOWED[StyleManifest])
+
+
+class ManifestError(StyleError):
+    """A manifest whose keys are wrong.
+
+    Attributes:
+        key: the first of them, e.g. "version" or "sampler.steps"; empty when the text is not TOML.
+        problem: what is wrong with it, and what it allows.
+    """
+
+    def __init__(self, key: str, problem: str) -> None:
+        super().__init__(key, problem)
+        self.key = key
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return f"{MANIFEST_NAME}: {f'{self.key} {self.problem}'.strip()}"
 
 
 def read_manifest(folder: Path) -> StyleManifest:
-    """Reads a style folder's manifest and checks that its weights are a file of that folder.
+    """Reads a style folder's manifest and checks that its files are files of that folder.
 
     Raises:
         StyleError: naming the key that is wrong and what it allows.
     """
-    table = _read_table(_own_file(folder, MANIFEST_NAME, MANIFEST_NAME))
-    for key in table:
-        if key not in _ALLOWED:
-            near = near_miss(key, _ALLOWED)
-            hint = f"did you mean {near}?" if near else f"the keys are {', '.join(_ALLOWED)}"
-            raise StyleError(f"{MANIFEST_NAME}: {quoted(key)} is not a key; {hint}")
-    try:
-        manifest = StyleManifest(**table)
-    except ValidationError as error:
-        key = str(error.errors(include_url=False)[0]["loc"][0])
-        found = f"is {quoted(table[key])}" if key in table else "is missing"
-        raise StyleError(f"{MANIFEST_NAME}: {key} {found}; it must be {_ALLOWED[key]}") from None
-    _own_file(folder, manifest.weights, f"{MANIFEST_NAME}: weights")
+    manifest = parse_manifest(_text(own_file(folder, MANIFEST_NAME, MANIFEST_NAME)))
+    own_file(folder, manifest.weights, f"{MANIFEST_NAME}: weights")
+    if manifest.preview:
+        preview = own_file(folder, manifest.preview, f"{MANIFEST_NAME}: preview")
+        if preview.stat().st_size > MAX_PREVIEW_BYTES:
+            raise ManifestError("preview", f"has more than {MAX_PREVIEW_BYTES} bytes; make it smaller")
     return manifest
 
 
-def _read_table(path: Path) -> dict[str, Any]:
+def parse_manifest(text: str) -> StyleManifest:
+    """Reads the text of a style.toml, whatever files there are.
+
+    Raises:
+        ManifestError: naming the key that is wrong and what it allows.
+    """
+    try:
+        table = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # a ValueError: also a number of too many digits
+        raise ManifestError("", f"is not valid TOML: {error}") from error
+    return make_manifest(table)
+
+
+def make_manifest(table: Mapping[str, Any]) -> StyleManifest:
+    """Checks the keys of a manifest.
+
+    Raises:
+        ManifestError: naming the key that is wrong and what it allows.
+    """
+    tables = {
+        name: _checked(kind, table[name], f"{name}.") if isinstance(table.get(name), Mapping) else table[name]
+        for name, kind in _TABLES.items()
+        if name in table
+    }
+    return _checked(StyleManifest, {**table, **tables})
+
+
+def _checked(kind: type[T], table: Mapping[str, Any], prefix: str = "") -> T:
+    allowed = _ALLOWED[kind]
+    for key in table:
+        if key not in allowed:
+            near = near_miss(key, allowed)
+            hint = f"did you mean {near}?" if near else f"the keys are {', '.join(allowed)}"
+            raise ManifestError(quoted(f"{prefix}{key}"), f"is not a key; {hint}")
+    try:
+        return kind(**table)
+    except ValidationError as error:
+        key = str(error.errors(include_url=False)[0]["loc"][0])
+    found = f"is {quoted(table[key])}" if key in table else "is missing"
+    raise ManifestError(f"{prefix}{key}", f"{found}; it must be {allowed[key]}")
+
+
+def write_manifest(manifest: StyleManifest) -> str:
+    """The text of a style.toml that reads as `manifest`; what has its default is left out."""
+    lines, tables = [], []
+    for key in KEYS:
+        value = getattr(manifest, key)
+        if isinstance(value, BaseDims | SamplerDefaults):
+            given = {name: number for name in _ALLOWED[type(value)] if (number := getattr(value, name)) is not None}
+            if given:
+                tables += ["", f"[{key}]", *(f"{name} = {_toml(number)}" for name, number in given.items())]
+        elif value not in ("", ()):
+            lines.append(f"{key} = {_toml(value)}")
+    return "\n".join([*lines, *tables, ""])
+
+
+def _toml(value: object) -> str:
+    # A JSON string, list or finite number is TOML too, apart from the DEL character.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _text(path: Path) -> str:
     try:
         with path.open("rb") as file:
             data = file.read(MAX_MANIFEST_BYTES + 1)
     except OSError as error:
-        raise StyleError(f"{MANIFEST_NAME}: cannot be read ({error.strerror})") from error
+        raise ManifestError("", f"cannot be read ({error.strerror})") from error
     if len(data) > MAX_MANIFEST_BYTES:
-        raise StyleError(f"{MANIFEST_NAME}: has more than {MAX_MANIFEST_BYTES} bytes; shorten it")
+        raise ManifestError("", f"has more than {MAX_MANIFEST_BYTES} bytes; shorten it")
     try:
-        return tomllib.loads(data.decode())
+        return data.decode()
     except UnicodeDecodeError as error:
-        raise StyleError(f"{MANIFEST_NAME}: is not UTF-8 text; save it as UTF-8") from error
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise StyleError(f"{MANIFEST_NAME}: is not valid TOML: {error}") from error
+        raise ManifestError("", "is not UTF-8 text; save it as UTF-8") from error
 
 
-def _own_file(folder: Path, name: str, subject: str) -> Path:
+def own_file(folder: Path, name: str, subject: str) -> Path:
     """The real path of a regular file that lies in `folder`, links followed."""
     try:
         path = (folder / name).resolve(strict=True)

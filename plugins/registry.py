@@ -1,17 +1,18 @@
-"""The styles that lie in the styles folders, found again at every call so that no restart is needed."""
+"""The styles that there are, looked for again at every call so that no restart is needed."""
 
 from __future__ import annotations
 
 import hashlib
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cinecat.plugins.errors import StyleError, near_miss, quoted
 from cinecat.plugins.lora import LoraHeader, inspect_lora
 from cinecat.plugins.manifest import MANIFEST_NAME, StyleManifest, read_manifest
+from cinecat.plugins.sources import FolderSource, Place, SourceError, StyleSource
 
 BUNDLED = Path(__file__).parent / "bundled"
 
@@ -20,8 +21,8 @@ BUNDLED = Path(__file__).parent / "bundled"
 _UNSETTLED_NS = 100_000_000
 _MAX_NAMES_SHOWN = 20
 
-# Inode, size, and times of last change of content and of the inode; None where there is no file.
-_Signature = tuple[int, int, int, int] | None
+# Inode, size, times of last change of content and of the inode, and number of links; None where there is no file.
+_Signature = tuple[int, int, int, int, int] | None
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Style:
         weights_path: of its LoRA file.
         header: what the LoRA changes.
         fingerprint: sha256 of the weights file, in hexadecimal.
+        weights_bytes: size of the LoRA file.
+        place: where it was found.
     """
 
     manifest: StyleManifest
@@ -40,11 +43,17 @@ class Style:
     weights_path: Path
     header: LoraHeader
     fingerprint: str
+    weights_bytes: int
+    place: Place
 
 
 @dataclass(frozen=True)
 class StyleProblem:
-    """A folder that looks like a style but cannot be offered, and why."""
+    """What looks like a style but cannot be offered, and why.
+
+    Attributes:
+        folder: of the style; of a package that cannot be read, only its entry point's name.
+    """
 
     folder: Path
     reason: str
@@ -72,8 +81,11 @@ class _Entry:
     signatures: dict[Path, _Signature]
     settled: bool
 
-    def holds(self) -> bool:
-        return self.settled and all(_signature(path) == known for path, known in self.signatures.items())
+    def renewed(self) -> _Entry | None:
+        """The entry with its files' signatures of now; None when it no longer holds."""
+        now = {path: _signature(path) for path in self.signatures}
+        holds = self.settled and all(_same(self.signatures[path], now[path]) for path in now)
+        return replace(self, signatures=now) if holds else None
 
 
 @dataclass(frozen=True)
@@ -83,16 +95,15 @@ class _Listing:
 
 
 class StyleRegistry:
-    """Styles in `<folder>/<any name>/style.toml` of some folders. Safe to use from several threads.
+    """The styles of some sources. Safe to use from several threads.
 
     Every call looks at the folders. It reads only what has changed since the last one; a new or changed weights file is
-    hashed, which takes seconds per gigabyte. Folders whose names start with a dot are left alone, so that a style can
-    be written beside the others and renamed into place.
+    hashed, which takes seconds per gigabyte.
     """
 
-    def __init__(self, folders: Sequence[Path]) -> None:
-        """Folders need not exist. Where two offer the same name and version, the earlier one wins."""
-        self._folders = tuple(folders)
+    def __init__(self, sources: Sequence[Path | StyleSource]) -> None:
+        """A path is a FolderSource. Where two sources offer the same name and version, the earlier one wins."""
+        self._sources = tuple(FolderSource(source) if isinstance(source, Path) else source for source in sources)
         self._lock = threading.Lock()
         self._entries: dict[Path, _Entry] = {}
 
@@ -101,7 +112,7 @@ class StyleRegistry:
         return self._read().styles
 
     def problems(self) -> tuple[StyleProblem, ...]:
-        """Folders that cannot be offered, in the order of the styles folders and then by name."""
+        """What cannot be offered, in the order of the sources and then by name."""
         return self._read().problems
 
     def find(self, name: str, version: str = "") -> Style:
@@ -126,15 +137,13 @@ class StyleRegistry:
         with self._lock:
             problems = []
             entries = {}
-            for root in self._folders:
-                try:
-                    found = list(_style_folders(root))
-                except OSError as error:
-                    problems.append(StyleProblem(root, f"cannot be listed ({error.strerror})"))
-                    continue
-                for folder in found:
-                    known = self._entries.get(folder)
-                    entries[folder] = known if known is not None and known.holds() else _read_folder(folder)
+            for source in self._sources:
+                for place in source.places():
+                    if isinstance(place, SourceError):
+                        problems.append(StyleProblem(Path(place.place), place.reason))
+                        continue
+                    known = self._entries.get(place.folder)
+                    entries[place.folder] = (known and known.renewed()) or _read_folder(place)
             self._entries = entries
         offered: dict[tuple[str, tuple[int, ...]], Style] = {}
         for entry in entries.values():
@@ -154,54 +163,39 @@ class StyleRegistry:
         return _Listing(tuple(offered[key] for key in ordered), tuple(problems))
 
 
-def _style_folders(root: Path) -> Iterator[Path]:
-    if not root.exists():
-        return
-    for folder in sorted(root.iterdir()):
-        if not folder.name.startswith(".") and _has_manifest(folder):
-            yield folder
-
-
-def _has_manifest(folder: Path) -> bool:
-    try:
-        (folder / MANIFEST_NAME).lstat()
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except OSError:  # there may be one: reading it says what is wrong
-        return True
-    return True
-
-
-def _read_folder(folder: Path) -> _Entry:
+def _read_folder(place: Place) -> _Entry:
     # Signatures are taken before the files are read: a change during the reading then shows at the next call.
-    now = time.time_ns()
+    now, folder = time.time_ns(), place.folder
     signatures = {folder / MANIFEST_NAME: _signature(folder / MANIFEST_NAME)}
     outcome: Style | StyleProblem
+    understood = False
     try:
         manifest = read_manifest(folder)
-        weights_path = folder / manifest.weights
-        signatures[weights_path] = _signature(weights_path)
-        outcome = _read_style(folder, manifest, weights_path)
+        for name in filter(None, (manifest.weights, manifest.preview)):
+            signatures[folder / name] = _signature(folder / name)
+        understood = True
+        outcome = _read_style(place, manifest)
     except StyleError as error:
         outcome = StyleProblem(folder, f"{error}")
     except OSError as error:
         outcome = StyleProblem(folder, f"cannot be read ({error.strerror})")
     recent = any(signature is not None and abs(now - signature[3]) < _UNSETTLED_NS for signature in signatures.values())
     # Without a manifest it is not known which file would mend the folder; reading it again costs little.
-    understood = len(signatures) == 2
     return _Entry(outcome, signatures, settled=understood and not recent)
 
 
-def _read_style(folder: Path, manifest: StyleManifest, weights_path: Path) -> Style:
+def _read_style(place: Place, manifest: StyleManifest) -> Style:
+    weights_path = place.folder / manifest.weights
     header = inspect_lora(weights_path)
     with weights_path.open("rb") as file:
         fingerprint = hashlib.file_digest(file, "sha256").hexdigest()
+        size = file.tell()
     if manifest.sha256 and manifest.sha256.lower() != fingerprint:
         raise StyleError(
             f"{MANIFEST_NAME}: sha256 is {manifest.sha256[:12]}..., but {manifest.weights} has {fingerprint[:12]}...; "
             "copy the file again or correct the key"
         )
-    return Style(manifest, folder, weights_path, header, fingerprint)
+    return Style(manifest, place.folder, weights_path, header, fingerprint, size, place)
 
 
 def _signature(path: Path) -> _Signature:
@@ -209,12 +203,21 @@ def _signature(path: Path) -> _Signature:
         status = path.stat()
     except OSError:
         return None
-    return (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    return (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_nlink)
+
+
+def _same(before: _Signature, after: _Signature) -> bool:
+    """Whether a file is as it was. Another link to it, such as accepted jobs keep, changes the inode's time and is no
+    reason to read gigabytes again.
+    """
+    if before is None or after is None:
+        return before == after
+    return before[:3] == after[:3] and (before[3] == after[3] or before[4] != after[4])
 
 
 def _advice(name: str, near: str, names: Sequence[str], problems: Sequence[StyleProblem]) -> str:
     for problem in problems:
-        if problem.folder.name == name:
+        if name and problem.folder.name.partition("@")[0] == name:
             return f"the folder of that name cannot be offered: {problem.reason}"
     if not names:
         return "no style is installed"

@@ -20,7 +20,9 @@ from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry, start_http_server
 
 from cinecat.engines.messages import CoreConfig
+from cinecat.plugins.installed import InstalledStyles
 from cinecat.plugins.registry import BUNDLED, StyleRegistry
+from cinecat.plugins.sources import FolderSource, Origin, PackageSource
 from cinecat.server.artifacts import ArtifactError, ArtifactStore
 from cinecat.server.core_process import CoreProcess
 from cinecat.server.costs import Costs
@@ -36,6 +38,7 @@ from cinecat.server.services.models import ModelsService
 from cinecat.server.services.styles import StylesService
 from cinecat.server.settings import Settings, SettingsError
 from cinecat.server.store import JobStore
+from cinecat.server.style_installer import StyleInstaller
 from cinecat.server.styles import StyleCatalogue
 from cinecat.server.warmup import warm_up
 from cinecat.v1 import generation_pb2, generation_pb2_grpc, models_pb2, models_pb2_grpc, styles_pb2, styles_pb2_grpc
@@ -116,6 +119,7 @@ async def running(settings: Settings, hurry: asyncio.Event) -> AsyncIterator[Run
         stack.enter_context(_sole_use_of(folder))
         store = await asyncio.to_thread(_open_store, folder)
         inputs = JobInputs(folder / "inputs")
+        installed = await asyncio.to_thread(_open_installed, folder / "styles")
         jobs = Jobs(store, inputs, settings.grace_seconds, metrics)
         stack.push_async_callback(jobs.close)
         artifacts = await asyncio.to_thread(_open_artifacts, settings.artifact_url or str(folder / "artifacts"))
@@ -127,13 +131,14 @@ async def running(settings: Settings, hurry: asyncio.Event) -> AsyncIterator[Run
         model = describe_model(info, settings)
         await warm_up(core, info, model)
 
-        catalogue = StyleCatalogue(
-            StyleRegistry([BUNDLED, *(path.expanduser() for path in settings.styles_dirs)]), info
-        )
+        catalogue = StyleCatalogue(_registry(settings, installed), info)
+        installer = StyleInstaller(installed, catalogue, settings.max_style_mib * 2**20)
         costs = Costs()
         server, health_servicer = _grpc_server(settings, metrics)
 
         async def on_core_state(alive: bool) -> None:
+            if not alive:
+                catalogue.activity.resident = ()
             await _set_health(health_servicer, alive)
             metrics.ready.set(alive)
 
@@ -143,7 +148,8 @@ async def running(settings: Settings, hurry: asyncio.Event) -> AsyncIterator[Run
             scheduler.enqueue(live)
         generation = GenerationService(jobs, scheduler, model, catalogue, artifacts)
         generation_pb2_grpc.add_GenerationServicer_to_server(generation, server)
-        styles_pb2_grpc.add_StylesServicer_to_server(StylesService(catalogue), server)
+        styles = StylesService(catalogue, installer, inputs, core)
+        styles_pb2_grpc.add_StylesServicer_to_server(styles, server)
         models_pb2_grpc.add_ModelsServicer_to_server(ModelsService(model), server)
         port = _bind(server, settings.address)
         await server.start()
@@ -214,6 +220,20 @@ def _open_artifacts(url: str) -> ArtifactStore:
     return artifacts
 
 
+def _open_installed(folder: Path) -> InstalledStyles:
+    try:
+        installed = InstalledStyles(folder)
+        installed.clear_leftovers()
+    except OSError as error:
+        raise SettingsError(f"data_dir: {folder} cannot hold uploaded styles: {error}") from error
+    return installed
+
+
+def _registry(settings: Settings, installed: InstalledStyles) -> StyleRegistry:
+    folders = [FolderSource(path.expanduser()) for path in settings.styles_dirs]
+    return StyleRegistry([FolderSource(BUNDLED, Origin.BUNDLED), *folders, installed.source, PackageSource()])
+
+
 def _open_store(folder: Path) -> JobStore:
     try:
         return JobStore(folder / "jobs.sqlite")
@@ -230,6 +250,7 @@ def _core_config(settings: Settings) -> CoreConfig:
         style_slots=settings.style_slots,
         max_rank=settings.max_rank,
         cache_bytes=settings.cache_mib * 2**20,
+        model_variant="" if settings.model_variant is None else str(settings.model_variant.expanduser()),
     )
 
 

@@ -16,8 +16,20 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 
-from cinecat.engines.errors import CoreDied, EngineError, EngineFault, ModelError, OutOfMemory
-from cinecat.engines.messages import Answer, Call, CoreConfig, Decoded, Failure, FrameDtype, ModelInfo, Ready
+from cinecat.engines.errors import CoreDied, EngineError, EngineFault, ModelError, NoFreeSlot, OutOfMemory
+from cinecat.engines.messages import (
+    Answer,
+    Call,
+    CoreConfig,
+    Decoded,
+    Failure,
+    FrameDtype,
+    ModelInfo,
+    Notice,
+    Ready,
+    SlotMemory,
+    VariantFused,
+)
 from cinecat.engines.process import run_core
 from cinecat.server.metrics import Metrics
 
@@ -29,7 +41,13 @@ _STOP_SECONDS = 3.0
 
 _SHARED_MEMORY = Path("/dev/shm")
 
-_FAILURES = {"model": ModelError, "memory": OutOfMemory, "request": EngineError, "internal": EngineFault}
+_FAILURES = {
+    "model": ModelError,
+    "memory": OutOfMemory,
+    "slots": NoFreeSlot,
+    "request": EngineError,
+    "internal": EngineFault,
+}
 
 
 class CoreProcess:
@@ -68,7 +86,11 @@ class CoreProcess:
             died.set()
 
         loop.add_reader(process.sentinel, on_death)
-        ready = _expect(await self._in_thread(self._receive), Ready)
+        answer = await self._in_thread(self._receive)
+        while isinstance(answer, SlotMemory | VariantFused):
+            _tell(answer)
+            answer = await self._in_thread(self._receive)
+        ready = _expect(answer, Ready)
         log.info("engine core ready", pid=self.pid, model=ready.model.name, device=ready.model.device)
         return ready.model
 
@@ -82,7 +104,7 @@ class CoreProcess:
         """Sends one call and waits for its answer.
 
         Raises:
-            EngineError: the engine refused or failed; OutOfMemory and EngineFault tell it apart.
+            EngineError: the engine refused or failed; OutOfMemory, NoFreeSlot and EngineFault tell it apart.
             CoreDied: there is no engine any more.
         """
         try:
@@ -118,7 +140,7 @@ class CoreProcess:
         self._process, self._connection = process, ours
         return process
 
-    def _roundtrip(self, call: Call) -> Answer:
+    def _roundtrip(self, call: Call) -> Answer | Notice:
         try:
             if self._connection is None:
                 raise CoreDied("the engine core is not running")
@@ -127,10 +149,10 @@ class CoreProcess:
             raise CoreDied(self._death()) from error
         return self._receive()
 
-    def _receive(self) -> Answer:
+    def _receive(self) -> Answer | Notice:
         assert self._connection is not None
         try:
-            answer: Answer = self._connection.recv()
+            answer: Answer | Notice = self._connection.recv()
         except (EOFError, OSError) as error:
             raise CoreDied(self._death()) from error
         return answer
@@ -161,7 +183,22 @@ class CoreProcess:
         return await asyncio.get_running_loop().run_in_executor(self._caller, work)
 
 
-def _expect(answer: Answer, kind: type[A]) -> A:
+def _tell(notice: Notice) -> None:
+    match notice:
+        case SlotMemory():
+            log.info(
+                "memory for styles",
+                bytes=notice.size_bytes,
+                style_slots=notice.style_slots,
+                max_rank=notice.max_rank,
+                device=notice.device,
+                available_bytes=notice.available_bytes,
+            )
+        case VariantFused():
+            log.info("model variant", file=notice.name, parameters=notice.parameters, ignored_tensors=notice.ignored)
+
+
+def _expect(answer: Answer | Notice, kind: type[A]) -> A:
     if isinstance(answer, Failure):
         raise _FAILURES[answer.kind](answer.message)
     if not isinstance(answer, kind):

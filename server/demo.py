@@ -35,13 +35,11 @@ class Take:
 
     image: str
     prompt: str
-    style: str | None = None
 
 
 TAKES = {
     "right": Take("star.png", "a red star moves right quickly"),
     "up": Take("star.png", "a red star moves up quickly"),
-    "noir": Take("star.png", "a red star moves right quickly", "noir"),
     "cat": Take("chelsea.png", "nothing moves"),
 }
 
@@ -98,7 +96,7 @@ def make_clips(out: Path, console: Console) -> None:
             for name, take in TAKES.items():
                 console.print(f"{name}: {take.prompt} ...")
                 clip = client.generate(
-                    image=images[name], prompt=take.prompt, style=take.style, seed=SEED, output=out / f"{name}.mp4"
+                    image=images[name], prompt=take.prompt, seed=SEED, output=out / f"{name}.mp4"
                 ).result()
                 console.print(f"{name}: {out / name}.mp4, {clip.width}x{clip.height}, {clip.frames} frames")
                 made[name] = clip

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import grpc
 
-from cinecat.engines.errors import CoreDied, EngineError, EngineFault, OutOfMemory
+from cinecat.engines.errors import CoreDied, EngineError, EngineFault, NoFreeSlot, OutOfMemory
 from cinecat.plugins.registry import UnknownStyle
 from cinecat.server.artifacts import ArtifactError, ArtifactNotFoundError
+from cinecat.server.styles import StyleChanged
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,11 @@ class ShuttingDown(RequestError):
 # The first that fits, so the special before the general.
 _STATUS: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
     (UnknownStyle, grpc.StatusCode.NOT_FOUND),
+    (StyleChanged, grpc.StatusCode.FAILED_PRECONDITION),
     (ArtifactNotFoundError, grpc.StatusCode.NOT_FOUND),
     (ArtifactError, grpc.StatusCode.UNAVAILABLE),
     (OutOfMemory, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (NoFreeSlot, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (CoreDied, grpc.StatusCode.UNAVAILABLE),
     (EngineFault, grpc.StatusCode.INTERNAL),
     (EngineError, grpc.StatusCode.FAILED_PRECONDITION),

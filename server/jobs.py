@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from cinecat.server.lifecycle import State
 
 T = TypeVar("T")
+
+_NO_WEIGHTS: Mapping[str, Path] = MappingProxyType({})
 
 # More than the progress events that fit between two transitions, so that numbers keep growing after a restart that
 # lost the count of those that were never stored.
@@ -110,7 +114,8 @@ class Jobs:
         """Brings back the jobs that a former server left unfinished, oldest first, all of them queued."""
         restored = []
         unfinished = await self._in_store(self._store.unfinished)
-        await self._in_store(partial(self._inputs.keep_only, [stored.job.job_id for stored in unfinished]))
+        worn = {stored.job.job_id: [ref.fingerprint for ref in stored.job.clip.styles] for stored in unfinished}
+        await self._in_store(partial(self._inputs.keep_only, worn))
         for stored in unfinished:
             transitions = await self._in_store(partial(self._store.events, stored.job.job_id))
             live = LiveJob(stored.job, stored.request_hash, stored.attempts, transitions=transitions)
@@ -123,24 +128,27 @@ class Jobs:
         return restored
 
     async def accept(
-        self, job: pb.Job, frame: NDArray[np.uint8], request_hash: str
+        self, job: pb.Job, frame: NDArray[np.uint8], request_hash: str, weights: Mapping[str, Path] = _NO_WEIGHTS
     ) -> tuple[LiveJob | None, StoredJob | None]:
-        """Persists a new job and its first frame, uint8 [height, width, 3]; also when its caller is cancelled
-        meanwhile.
+        """Persists a new job and what it is made from; also when its caller is cancelled meanwhile.
+
+        Args:
+            frame: the first one, uint8 [height, width, 3].
+            weights: LoRA files of its styles, by fingerprint.
 
         Returns:
             The live job, or the stored one that already has its request id.
         """
-        return await self._to_the_end(self._accept(job, frame, request_hash))
+        return await self._to_the_end(self._accept(job, frame, request_hash, weights))
 
     async def _accept(
-        self, job: pb.Job, frame: NDArray[np.uint8], request_hash: str
+        self, job: pb.Job, frame: NDArray[np.uint8], request_hash: str, weights: Mapping[str, Path]
     ) -> tuple[LiveJob | None, StoredJob | None]:
         live = LiveJob(job, request_hash)
         job.create_time.GetCurrentTime()
         job.state = pb.JOB_STATE_QUEUED
         first = self._event(live)
-        existing = await self._persist(StoredJob(job, request_hash, 0), first, frame)
+        existing = await self._persist(StoredJob(job, request_hash, 0), first, frame, weights)
         if existing is not None:
             return None, existing
         live.transitions.append(first)
@@ -187,6 +195,7 @@ class Jobs:
         if state == pb.JOB_STATE_CONDITIONING:
             job.start_time.GetCurrentTime()
             job.progress.queue_position = 0
+            job.progress.ClearField("wait_reason")
             live.attempts += 1
         if state in FINAL_STATES:
             job.end_time.GetCurrentTime()
@@ -217,11 +226,12 @@ class Jobs:
         if before.state == pb.JOB_STATE_QUEUED:
             self.on_dequeued()
 
-    async def requeue(self, live: LiveJob) -> None:
-        """Puts a running job back to where it began."""
+    async def requeue(self, live: LiveJob, wait_reason: str = "") -> None:
+        """Puts a running job back to where it began, and says what it waits for if not for the jobs ahead of it."""
 
         def change(job: pb.Job) -> None:
             job.progress.step = job.progress.frames_decoded = 0
+            job.progress.wait_reason = wait_reason
             job.ClearField("start_time")
 
         await self.transition(live, pb.JOB_STATE_QUEUED, change)
@@ -333,14 +343,16 @@ class Jobs:
         task.add_done_callback(self._writing.discard)
         return await asyncio.shield(task)
 
-    async def _persist(self, stored: StoredJob, first: pb.JobEvent, frame: NDArray[np.uint8]) -> StoredJob | None:
-        """The frame before the job: what is accepted can be carried out. The frame takes no time of the one thread
-        that stores every job's transitions.
+    async def _persist(
+        self, stored: StoredJob, first: pb.JobEvent, frame: NDArray[np.uint8], weights: Mapping[str, Path]
+    ) -> StoredJob | None:
+        """The inputs before the job: what is accepted can be carried out. They take no time of the one thread that
+        stores every job's transitions.
         """
         job_id = stored.job.job_id
         existing: StoredJob | None = stored
         try:
-            await asyncio.to_thread(self._inputs.save, job_id, frame)
+            await asyncio.to_thread(self._inputs.save, job_id, frame, weights)
             existing = await self._in_store(partial(self._store.insert, stored, first))
         except (OSError, SQLAlchemyError) as error:
             cause = error.orig if isinstance(error, DBAPIError) else error

@@ -10,6 +10,7 @@ MAX_PROMPT_CHARACTERS = 4096
 MAX_STYLES = 8
 MAX_GUIDANCE_SCALE = 30.0
 MAX_FPS = 240.0
+MIN_SHIFT, MAX_SHIFT = 0.01, 100.0
 
 _CPU_TOKENS = 20_480  # 512 x 512 x 77 frames: minutes per step on two cores
 _GPU_TOKENS = 680_400  # 3840 x 2160 x 81 frames
@@ -41,6 +42,8 @@ def describe_model(info: ModelInfo, settings: Settings) -> models_pb2.Model:
         ),
         defaults=_defaults(info, settings, max_tokens),
         tokenizations=[clip_pb2.Tokenization.UNIFORM],
+        variant=info.variant,
+        fingerprint=info.fingerprint,
     )
 
 
@@ -69,6 +72,7 @@ def _defaults(info: ModelInfo, settings: Settings, max_tokens: int) -> clip_pb2.
         fps=8.0 if tiny else 16.0,
         steps=min(8 if tiny else 40, settings.max_steps),
         guidance_scale=1.0 if tiny else 5.0,
+        shift=info.shift,
         tokenization=clip_pb2.Tokenization(mode=clip_pb2.Tokenization.UNIFORM),
         artifact_formats=[clip_pb2.ARTIFACT_FORMAT_MP4_H264],
     )

@@ -165,10 +165,12 @@ class Rendering:
             steps=clip.steps,
             guidance_scale=clip.guidance_scale,
             seed=clip.seed,
-            styles=await asyncio.to_thread(r.catalogue.uses, clip.styles),
+            styles=await asyncio.to_thread(r.catalogue.uses, clip.styles, r.inputs.weights),
+            shift=clip.shift if clip.HasField("shift") else None,
         )
         self._stop_if_asked()
         conditioned = await r.core.call(Condition(shot), Conditioned)
+        r.catalogue.activity.resident = conditioned.resident
         self._tally.timings += conditioned.timings
         self._tally.tokens_used, self._tally.tokens_uniform = conditioned.tokens_used, conditioned.tokens_uniform
         live.job.notes.extend(note for note in conditioned.notes if note not in live.job.notes)

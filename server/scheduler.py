@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 import grpc
 import structlog
 
-from cinecat.engines.errors import CoreDied, EngineError
+from cinecat.engines.errors import CoreDied, EngineError, NoFreeSlot
 from cinecat.server.core_process import CoreProcess
 from cinecat.server.costs import Costs
 from cinecat.server.errors import RequestError, ShuttingDown, explain, status_of
@@ -26,6 +26,7 @@ from cinecat.v1 import models_pb2
 MAX_ATTEMPTS = 2
 
 _PAUSES_S = (0.0, 1.0, 5.0, 15.0, 60.0)
+_SLOT_RETRY_S = 1.0
 
 log = structlog.get_logger(__name__)
 
@@ -56,6 +57,8 @@ class Scheduler:
         self._queue: deque[LiveJob] = deque()
         self._arrival = asyncio.Event()
         self._rendering: Rendering | None = None
+        # Since a job found no style slot free, until one leaves the core.
+        self._slots_full = False
         self._finishing: set[asyncio.Task[None]] = set()
         self._drain = asyncio.Event()
         jobs.on_dequeued = self._tell_positions
@@ -110,12 +113,17 @@ class Scheduler:
         hurrying.cancel()
 
     async def _idle(self) -> None:
-        """Waits for a job, and replaces a core that dies with none."""
+        """Waits for a job, and replaces a core that dies with none. With nothing in the core, nobody says that a style
+        slot is free again, so jobs that wait for one are tried from time to time.
+        """
         self._arrival.clear()
         waits = [asyncio.create_task(event.wait()) for event in (self._arrival, self._core.died)]
-        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        retry_seconds = _SLOT_RETRY_S if self._slots_full else None
+        done, _ = await asyncio.wait(waits, timeout=retry_seconds, return_when=asyncio.FIRST_COMPLETED)
         for wait in waits:
             wait.cancel()
+        if not done:
+            self._slots_full = False
 
     async def _advance(self, rendering: Rendering) -> None:
         try:
@@ -126,7 +134,7 @@ class Scheduler:
             self._rendering = None
             await self._give_up(rendering, error)
             return
-        self._rendering = None
+        self._rendering, self._slots_full = None, False
         finishing = asyncio.create_task(self._finish(rendering))
         self._finishing.add(finishing)
         finishing.add_done_callback(self._finishing.discard)
@@ -141,8 +149,11 @@ class Scheduler:
         """Whatever happened, the job ends up in a state that is true, and nothing of it is left in core or files."""
         live = rendering.live
         await rendering.abandon()
-        if isinstance(error, Stopped) or (isinstance(error, CoreDied) and live.stop_requested):
+        self._slots_full = isinstance(error, NoFreeSlot)
+        if isinstance(error, Stopped) or (isinstance(error, CoreDied | NoFreeSlot) and live.stop_requested):
             await self._until_stored(live, lambda: self._jobs.transition(live, pb.JOB_STATE_CANCELLED))
+        elif isinstance(error, NoFreeSlot):
+            await self._await_slot(live, error)
         elif isinstance(error, CoreDied):
             await self._after_death(live, error)
         else:
@@ -150,6 +161,14 @@ class Scheduler:
             if code is grpc.StatusCode.INTERNAL:
                 log.error("job failed", job_id=live.job_id, exc_info=error)
             await self._until_stored(live, lambda: self._jobs.fail(live, code.value[0], explain(error)))
+
+    async def _await_slot(self, live: LiveJob, error: NoFreeSlot) -> None:
+        """Puts a job back in front. Later jobs that wear a style do not overtake it, others do."""
+        log.info("job waits for a style slot", job_id=live.job_id, reason=f"{error}")
+        live.attempts -= 1  # it never began
+        if await self._until_stored(live, lambda: self._jobs.requeue(live, f"{error}")):
+            self._queue.appendleft(live)
+            self._tell_positions()
 
     async def _after_death(self, live: LiveJob, error: CoreDied) -> None:
         log.error("engine core died", job_id=live.job_id, attempt=live.attempts, error=f"{error}")
@@ -200,9 +219,10 @@ class Scheduler:
             return
 
     def _next(self) -> LiveJob | None:
-        while self._queue:
-            live = self._queue.popleft()
-            if not live.ended:
+        self._queue = deque(self._waiting())
+        for live in self._queue:
+            if not (self._slots_full and _wears_style(live)):
+                self._queue.remove(live)
                 return live
         return None
 
@@ -225,6 +245,10 @@ class Scheduler:
             if ahead == ahead:
                 live.job.progress.eta.FromNanoseconds(int(ahead * 1e9))
             self._jobs.progress(live)
+
+
+def _wears_style(live: LiveJob) -> bool:
+    return any(style.strength for style in live.job.clip.styles)
 
 
 def _pause(attempt: int) -> float:

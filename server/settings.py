@@ -43,6 +43,9 @@ class Settings(BaseModel):
     ready_file: Path | None = Field(None, description="file to write {address, metrics_port} to once ready")
 
     model: str = Field("wan-tiny", description="wan-tiny, a folder in the diffusers layout, or a hub id")
+    model_variant: Path | None = Field(
+        None, description="file whose changes are fused into the model at its start, such as a step-distill LoRA"
+    )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="of transformer and text encoder"
@@ -52,9 +55,11 @@ class Settings(BaseModel):
     max_rank: int = Field(32, ge=1, le=512, description="LoRA rank of a slot, summed over styles worn together")
     cache_mib: int = Field(1024, ge=0, description="memory for encoded prompts, images and conditions")
 
-    data_dir: Path = Field(default_factory=_state_folder, description="job database and inputs")
+    data_dir: Path = Field(default_factory=_state_folder, description="job database, inputs and uploaded styles")
     artifact_url: str = Field("", description="fsspec URL for finished clips; empty puts them into data_dir")
     styles_dirs: tuple[Path, ...] = Field((), description="folders of styles beside the bundled ones, ':' between them")
+
+    max_style_mib: int = Field(2048, ge=1, le=1_048_576, description="size of an uploaded style's weights file")
 
     max_queue: int = Field(1000, ge=1, description="jobs that may wait")
     max_tokens: int = Field(

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 import secrets
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +16,8 @@ from numpy.typing import NDArray
 from cinecat.plugins.registry import Style, UnknownStyle
 from cinecat.server.errors import Violation, invalid
 from cinecat.server.images import Fit, ImageError, decode_image, fit_image
-from cinecat.server.models import MAX_FPS, token_count
+from cinecat.server.models import MAX_FPS, MAX_SHIFT, MIN_SHIFT, token_count
+from cinecat.server.style_defaults import apply_style_defaults
 from cinecat.server.styles import StyleCatalogue
 from cinecat.v1 import clip_pb2, models_pb2
 
@@ -21,6 +25,7 @@ MAX_STRENGTH = 4.0
 MAX_ARTIFACTS = 8
 MAX_SEED = 2**63 - 1
 
+_FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 _FITS = {clip_pb2.FIT_CROP: Fit.CROP, clip_pb2.FIT_PAD: Fit.PAD, clip_pb2.FIT_STRETCH: Fit.STRETCH}
 
 
@@ -31,12 +36,14 @@ class AcceptableClip:
     Attributes:
         clip: every field set, style versions and strengths and the seed resolved, the image's bytes left out.
         frame: the first frame, uint8 [height, width, 3], sRGB.
-        notes: what was done to the image.
+        notes: what was done to the image, and what came from which style.
+        weights: LoRA files of the styles, by fingerprint.
     """
 
     clip: clip_pb2.ClipSpec
     frame: NDArray[np.uint8]
     notes: tuple[str, ...]
+    weights: Mapping[str, Path] = field(default_factory=dict)
 
 
 def check_clip(clip: clip_pb2.ClipSpec, model: models_pb2.Model, catalogue: StyleCatalogue) -> AcceptableClip:
@@ -48,15 +55,19 @@ def check_clip(clip: clip_pb2.ClipSpec, model: models_pb2.Model, catalogue: Styl
     resolved = clip_pb2.ClipSpec()
     resolved.CopyFrom(model.defaults)
     resolved.MergeFrom(clip_pb2.ClipSpec(prompt=clip.prompt, negative_prompt=clip.negative_prompt))
+    worn: list[Style] = []
     violations = [
         *_model(clip, model),
         *_prompts(clip, model.limits),
         *_size(clip, resolved, model),
         *_numbers(clip, resolved, model.limits),
         *_choices(clip, resolved, model),
-        *_styles(clip, resolved, model, catalogue),
+        *_styles(clip, resolved, model, catalogue, worn),
         *_image_bytes(clip, model.limits),
     ]
+    active = [style for style, ref in zip(worn, resolved.styles, strict=True) if ref.strength]
+    style_notes = apply_style_defaults(clip, resolved, active, model.limits)
+    violations += _prompts_in_templates(clip, resolved, model.limits)
     if violations:
         raise invalid(violations)
     try:
@@ -66,7 +77,8 @@ def check_clip(clip: clip_pb2.ClipSpec, model: models_pb2.Model, catalogue: Styl
     except ImageError as error:
         raise invalid([Violation("clip.image", f"{error}")]) from error
     fitted = fit_image(image, resolved.width, resolved.height, _FITS[resolved.fit])
-    return AcceptableClip(resolved, fitted.pixels, fitted.notes)
+    weights = {style.fingerprint: style.weights_path for style in worn}
+    return AcceptableClip(resolved, fitted.pixels, (*fitted.notes, *style_notes), weights)
 
 
 def _model(clip: clip_pb2.ClipSpec, model: models_pb2.Model) -> list[Violation]:
@@ -81,6 +93,17 @@ def _prompts(clip: clip_pb2.ClipSpec, limits: models_pb2.ModelLimits) -> list[Vi
         Violation(f"clip.{field}", f"has {len(text)} characters, at most {allowed} are allowed")
         for field, text in (("prompt", clip.prompt), ("negative_prompt", clip.negative_prompt))
         if len(text) > allowed
+    ]
+
+
+def _prompts_in_templates(
+    clip: clip_pb2.ClipSpec, resolved: clip_pb2.ClipSpec, limits: models_pb2.ModelLimits
+) -> list[Violation]:
+    allowed, count = limits.max_prompt_characters, len(resolved.prompt)
+    if len(clip.prompt) > allowed or count <= allowed:
+        return []
+    return [
+        Violation("clip.prompt", f"has {count} characters with its style's template, at most {allowed} are allowed")
     ]
 
 
@@ -146,6 +169,10 @@ def _numbers(clip: clip_pb2.ClipSpec, resolved: clip_pb2.ClipSpec, limits: model
         resolved.fps = clip.fps
         if not (math.isfinite(clip.fps) and 1.0 <= clip.fps <= MAX_FPS):
             violations.append(Violation("clip.fps", f"{clip.fps} is not between 1 and {MAX_FPS:g}"))
+    if clip.HasField("shift"):
+        resolved.shift = clip.shift
+        if not MIN_SHIFT <= clip.shift <= MAX_SHIFT:  # false for NaN too
+            violations.append(Violation("clip.shift", f"{clip.shift} is not between {MIN_SHIFT:g} and {MAX_SHIFT:g}"))
     resolved.seed = clip.seed if clip.HasField("seed") else secrets.randbits(32)
     if resolved.seed < 0:
         violations.append(Violation("clip.seed", f"{clip.seed} is not between 0 and {MAX_SEED}"))
@@ -188,14 +215,18 @@ def _unknown_enum(field: str, value: int, enum: Any) -> Violation:
 
 
 def _styles(
-    clip: clip_pb2.ClipSpec, resolved: clip_pb2.ClipSpec, model: models_pb2.Model, catalogue: StyleCatalogue
+    clip: clip_pb2.ClipSpec,
+    resolved: clip_pb2.ClipSpec,
+    model: models_pb2.Model,
+    catalogue: StyleCatalogue,
+    chosen: list[Style],
 ) -> list[Violation]:
+    """Adds the styles to `resolved`, and to `chosen` in the same order."""
     if len(clip.styles) > model.limits.max_styles:
         return [
             Violation("clip.styles", f"names {len(clip.styles)} styles, at most {model.limits.max_styles} go together")
         ]
     violations = []
-    chosen: list[Style] = []
     for index, wanted in enumerate(clip.styles):
         path = f"clip.styles[{index}]"
         try:
@@ -212,11 +243,30 @@ def _styles(
             violations.append(Violation(f"{path}.name", f"{style.manifest.name!r} is named twice"))
         elif problem := catalogue.incompatibility(style):
             violations.append(Violation(f"{path}.name", f"{style.manifest.name!r} {problem}"))
+        if problem := _other_weights(wanted.fingerprint, style):
+            violations.append(Violation(f"{path}.fingerprint", problem))
         chosen.append(style)
-        resolved.styles.add(name=style.manifest.name, version=style.manifest.version, strength=strength)
-    if not violations and (problem := catalogue.incompatibility_together(chosen)):
+        resolved.styles.add(
+            name=style.manifest.name,
+            version=style.manifest.version,
+            strength=strength,
+            fingerprint=style.fingerprint,
+        )
+    active = [style for style, ref in zip(chosen, resolved.styles, strict=True) if ref.strength]
+    if not violations and (problem := catalogue.incompatibility_together(active)):
         violations.append(Violation("clip.styles", f"together, {problem}"))
     return violations
+
+
+def _other_weights(wanted: str, style: Style) -> str:
+    if wanted in ("", style.fingerprint):
+        return ""
+    if not _FINGERPRINT.fullmatch(wanted):
+        return f"{wanted[:80]!r} is not 64 lower-case hexadecimal digits; leave it unset to take what there is"
+    return (
+        f"{style.manifest.name!r} {style.manifest.version} has the weights {style.fingerprint[:12]}..., not "
+        f"{wanted[:12]}...; leave it unset to take what there is"
+    )
 
 
 def _image_bytes(clip: clip_pb2.ClipSpec, limits: models_pb2.ModelLimits) -> list[Violation]:

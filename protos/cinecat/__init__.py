@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from cinecat.errors import (
         AlreadyExists,
         CinecatError,
+        Conflict,
         DownloadCorrupted,
         InvalidRequest,
         JobCancelled,
@@ -37,6 +38,7 @@ _MODULE_OF = {
     "CinecatError": "errors",
     "Client": "client",
     "Clip": "clip",
+    "Conflict": "errors",
     "DownloadCorrupted": "errors",
     "Event": "events",
     "Finished": "events",
@@ -58,6 +60,7 @@ __all__ = [
     "CinecatError",
     "Client",
     "Clip",
+    "Conflict",
     "DownloadCorrupted",
     "Event",
     "Finished",

@@ -3,7 +3,7 @@
 import asyncio
 import os
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterable, Iterator
 from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, Protocol, TypeVar, Unpack, overload
 import grpc
 
 from cinecat.attachment import Attachment
-from cinecat.catalog import ModelInfo, StyleInfo, StyleList, model_from_proto, style_from_proto, style_list
+from cinecat.catalog import (
+    InstalledStyle,
+    ModelInfo,
+    StyleInfo,
+    StyleList,
+    installed_from_proto,
+    model_from_proto,
+    style_from_proto,
+    style_list,
+)
 from cinecat.clip import Clip, Job, job_from_proto
 from cinecat.errors import CinecatError, JobCancelled, from_rpc
 from cinecat.events import Finished, Progress, event_from_proto
@@ -21,6 +30,7 @@ from cinecat.request import ClipArguments, build_clip, list_request
 from cinecat.retry import CHANNEL_OPTIONS, DEFAULT_ADDRESS
 from cinecat.states import JobState
 from cinecat.transfer import Transfer, check_output, select_artifact
+from cinecat.upload import OnProgress, StyleArguments, StyleUpload
 from cinecat.v1 import generation_pb2, job_pb2, models_pb2, styles_pb2
 from cinecat.v1.generation_pb2_grpc import GenerationStub
 from cinecat.v1.models_pb2_grpc import ModelsStub
@@ -137,10 +147,39 @@ class AsyncClient:
             pages.append(await self._call(self._styles.ListStyles, request))
         return style_list(pages)
 
-    async def style(self, name: str, version: str = "") -> StyleInfo:
-        """One style; the newest version if `version` is empty."""
-        request = styles_pb2.GetStyleRequest(name=name, version=version)
+    async def style(self, name: str, version: str = "", *, with_preview: bool = False) -> StyleInfo:
+        """One style; the newest version if `version` is empty. `with_preview` fetches the bytes of its preview."""
+        request = styles_pb2.GetStyleRequest(name=name, version=version, with_preview=with_preview)
         return style_from_proto(await self._call(self._styles.GetStyle, request))
+
+    async def install_style(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        on_progress: OnProgress | None = None,
+        **style: Unpack[StyleArguments],
+    ) -> InstalledStyle:
+        """Uploads a style, as `Client.install_style` does."""
+        upload = await asyncio.to_thread(lambda: StyleUpload(path, **style))
+        timeout = self._timeout_s + upload.timeout_s
+        while True:
+            try:
+                answer = await self._styles.InstallStyle(_in_thread(upload.messages(on_progress)), timeout=timeout)
+            except (grpc.RpcError, asyncio.CancelledError) as error:
+                delay = upload.delay_after(error)
+            else:
+                return installed_from_proto(answer)
+            await asyncio.sleep(delay)
+
+    async def remove_style(self, name: str, version: str = "") -> StyleInfo:
+        """Takes an installed style away, as `Client.remove_style` does."""
+        request = styles_pb2.RemoveStyleRequest(name=name, version=version)
+        return style_from_proto((await self._call(self._styles.RemoveStyle, request)).style)
+
+    async def warm_style(self, name: str, version: str = "") -> StyleInfo:
+        """Loads a style into a slot; the newest version if `version` is empty."""
+        request = styles_pb2.WarmStyleRequest(name=name, version=version)
+        return style_from_proto(await self._call(self._styles.WarmStyle, request))
 
     async def models(self) -> list[ModelInfo]:
         answer = await self._call(self._models.ListModels, models_pb2.ListModelsRequest())
@@ -277,3 +316,11 @@ class AsyncGeneration:
                     fetched = await self._client._fetch(message.job, output, "")
                     event = replace(event, clip=event.clip.fetched(fetched))
                 yield event
+
+
+async def _in_thread(
+    messages: Iterator[styles_pb2.InstallStyleRequest],
+) -> AsyncIterator[styles_pb2.InstallStyleRequest]:
+    """Reads files outside the loop."""
+    while (message := await asyncio.to_thread(next, messages, None)) is not None:
+        yield message

@@ -2,14 +2,36 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
 
-from cinecat.clip import enum_name
+from google.protobuf.message import Message
+
+from cinecat.clip import enum_name, moment
 from cinecat.v1 import clip_pb2, models_pb2, styles_pb2
 
 
 @dataclass(frozen=True)
+class Preview:
+    """A picture or a short clip of what a style does; `data` is empty unless it was asked for."""
+
+    file_name: str
+    mime_type: str
+    size_bytes: int
+    data: bytes
+
+
+@dataclass(frozen=True)
 class StyleInfo:
-    """A style that the server offers. `incompatibility` says why the server's model cannot wear it; empty if it can."""
+    """A style that the server offers.
+
+    `incompatibility` says why the server's model cannot wear it; empty if it can. `sampler` holds what requests that do
+    not say take of "steps", "guidance_scale" and "shift", `base_dims` the sizes it was made for. `fingerprint` is the
+    SHA-256 of its weights. `ignored_keys` are tensors of the file that do nothing, with the reason: `style` gives the
+    first 100 of `ignored_key_count`, `styles` none. `origin` is "bundled", "folder", "installed" or "package", and
+    `provider` the folder or package. It is resident while it is in `slots`, which take `slot_bytes`. `uses` counts the
+    jobs begun with it since the server started, `jobs` those that are not done with it.
+    """
 
     name: str
     version: str
@@ -23,11 +45,41 @@ class StyleInfo:
     author: str
     compatible: bool
     incompatibility: str
+    prompt_template: str
+    sampler: dict[str, float]
+    base_dims: dict[str, int]
+    preview: Preview | None
+    fingerprint: str
+    weights_size_bytes: int
+    format: str
+    ignored_keys: dict[str, str]
+    ignored_key_count: int
+    origin: str
+    provider: str
+    slots: tuple[int, ...]
+    slot_bytes: int
+    uses: int
+    last_use_time: datetime | None
+    jobs: int
+
+    @property
+    def resident(self) -> bool:
+        """Whether it is in a slot, so that the next clip that wears it reads no file."""
+        return bool(self.slots)
+
+
+@dataclass(frozen=True)
+class InstalledStyle:
+    """What an upload came to: the style, whether it was there already, and what to know about it."""
+
+    style: StyleInfo
+    unchanged: bool
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class StyleProblem:
-    """A folder that looks like a style but cannot be offered."""
+    """A folder, or the entry point of a package, that looks like a style but cannot be offered."""
 
     folder: str
     reason: str
@@ -67,7 +119,8 @@ class ModelLimits:
 @dataclass(frozen=True)
 class ModelInfo:
     """A loaded model. `width` to `guidance` are its defaults; `buckets` are the (rows, tokens) that engines are built
-    for, none when any shape runs.
+    for, none when any shape runs. `variant` names the file whose changes are fused into its weights, "" for none;
+    `fingerprint` changes with either.
     """
 
     name: str
@@ -86,6 +139,8 @@ class ModelInfo:
     guidance: float
     tokenizations: tuple[str, ...]
     buckets: tuple[tuple[int, int], ...]
+    variant: str
+    fingerprint: str
 
 
 def style_from_proto(style: styles_pb2.Style) -> StyleInfo:
@@ -102,7 +157,35 @@ def style_from_proto(style: styles_pb2.Style) -> StyleInfo:
         author=style.author,
         compatible=style.compatible,
         incompatibility=style.incompatibility,
+        prompt_template=style.prompt_template,
+        sampler=_given(style.sampler),
+        base_dims=_given(style.base_dims),
+        preview=_preview(style.preview) if style.HasField("preview") else None,
+        fingerprint=style.fingerprint,
+        weights_size_bytes=style.weights_size_bytes,
+        format=style.format,
+        ignored_keys={ignored.key: ignored.reason for ignored in style.ignored_keys},
+        ignored_key_count=style.ignored_key_count,
+        origin=enum_name(styles_pb2.StyleOrigin.DESCRIPTOR, "STYLE_ORIGIN_", style.origin),
+        provider=style.provider,
+        slots=tuple(style.residency.slots),
+        slot_bytes=style.residency.size_bytes,
+        uses=style.uses,
+        last_use_time=moment(style, "last_use_time"),
+        jobs=style.jobs,
     )
+
+
+def installed_from_proto(answer: styles_pb2.InstallStyleResponse) -> InstalledStyle:
+    return InstalledStyle(style_from_proto(answer.style), answer.unchanged, tuple(answer.notes))
+
+
+def _preview(preview: styles_pb2.StylePreview) -> Preview:
+    return Preview(preview.file_name, preview.mime_type, preview.size_bytes, preview.data)
+
+
+def _given(message: Message) -> dict[str, Any]:
+    return {descriptor.name: value for descriptor, value in message.ListFields()}
 
 
 def style_list(pages: list[styles_pb2.ListStylesResponse]) -> StyleList:
@@ -146,4 +229,6 @@ def model_from_proto(model: models_pb2.Model) -> ModelInfo:
         guidance=defaults.guidance_scale,
         tokenizations=tuple(enum_name(mode, "MODE_", value) for value in model.tokenizations),
         buckets=tuple((bucket.rows, bucket.tokens) for bucket in model.buckets),
+        variant=model.variant,
+        fingerprint=model.fingerprint,
     )

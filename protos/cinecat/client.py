@@ -12,7 +12,16 @@ from typing import Protocol, TypeVar, Unpack, overload
 import grpc
 
 from cinecat.attachment import Attachment
-from cinecat.catalog import ModelInfo, StyleInfo, StyleList, model_from_proto, style_from_proto, style_list
+from cinecat.catalog import (
+    InstalledStyle,
+    ModelInfo,
+    StyleInfo,
+    StyleList,
+    installed_from_proto,
+    model_from_proto,
+    style_from_proto,
+    style_list,
+)
 from cinecat.clip import Clip, Job, job_from_proto
 from cinecat.errors import CinecatError, JobCancelled, from_rpc
 from cinecat.events import Finished, Progress, event_from_proto
@@ -20,6 +29,7 @@ from cinecat.request import ClipArguments, build_clip, list_request
 from cinecat.retry import CHANNEL_OPTIONS, DEFAULT_ADDRESS
 from cinecat.states import JobState
 from cinecat.transfer import Transfer, check_output, select_artifact
+from cinecat.upload import OnProgress, StyleArguments, StyleUpload
 from cinecat.v1 import clip_pb2, generation_pb2, job_pb2, models_pb2, styles_pb2
 from cinecat.v1.generation_pb2_grpc import GenerationStub
 from cinecat.v1.models_pb2_grpc import ModelsStub
@@ -131,10 +141,45 @@ class Client:
             pages.append(self._call(self._styles.ListStyles, request))
         return style_list(pages)
 
-    def style(self, name: str, version: str = "") -> StyleInfo:
-        """One style; the newest version if `version` is empty."""
-        request = styles_pb2.GetStyleRequest(name=name, version=version)
+    def style(self, name: str, version: str = "", *, with_preview: bool = False) -> StyleInfo:
+        """One style; the newest version if `version` is empty. `with_preview` fetches the bytes of its preview."""
+        request = styles_pb2.GetStyleRequest(name=name, version=version, with_preview=with_preview)
         return style_from_proto(self._call(self._styles.GetStyle, request))
+
+    def install_style(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        on_progress: OnProgress | None = None,
+        **style: Unpack[StyleArguments],
+    ) -> InstalledStyle:
+        """Uploads a style: a folder with a style.toml, or a .safetensors file described by `style`.
+
+        It appears on the server whole or not at all. `on_progress` hears the bytes sent and those there are. Raises
+        AlreadyExists for a version that exists with other content, Conflict while somebody else uploads the name.
+        """
+        upload = StyleUpload(path, **style)
+        timeout = self._timeout_s + upload.timeout_s
+        while True:
+            try:
+                answer = self._styles.InstallStyle(upload.messages(on_progress), timeout=timeout)
+            except grpc.RpcError as error:
+                delay = upload.delay_after(error)
+            else:
+                return installed_from_proto(answer)
+            time.sleep(delay)
+
+    def remove_style(self, name: str, version: str = "") -> StyleInfo:
+        """Takes an installed style away and returns it as it was; `version` may be empty where there is only one.
+        Accepted jobs finish with it.
+        """
+        request = styles_pb2.RemoveStyleRequest(name=name, version=version)
+        return style_from_proto(self._call(self._styles.RemoveStyle, request).style)
+
+    def warm_style(self, name: str, version: str = "") -> StyleInfo:
+        """Loads a style into a slot; the newest version if `version` is empty."""
+        request = styles_pb2.WarmStyleRequest(name=name, version=version)
+        return style_from_proto(self._call(self._styles.WarmStyle, request))
 
     def models(self) -> list[ModelInfo]:
         answer = self._call(self._models.ListModels, models_pb2.ListModelsRequest())

@@ -36,7 +36,9 @@ class Artifact:
 
 @dataclass(frozen=True, kw_only=True)
 class ClipSettings:
-    """What a clip is made from, with every default filled in. Sizes in pixels, `fps` in frames per second."""
+    """What a clip is made from, with every default filled in. Sizes in pixels, `fps` in frames per second. `prompt` is
+    what the model reads; with `prompt_as_is`, asking for it again changes nothing about it.
+    """
 
     model: str
     prompt: str
@@ -47,10 +49,12 @@ class ClipSettings:
     fps: float
     steps: int
     guidance: float
+    shift: float
     seed: int
     fit: str
     styles: tuple[Style, ...]
     tokenization: str
+    prompt_as_is: bool = False
 
     @property
     def style(self) -> str:
@@ -92,7 +96,9 @@ class Clip(ClipSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """An accepted request. `clip` is set once it has succeeded, `error` once it has failed; times are in UTC."""
+    """An accepted request. `clip` is set once it has succeeded, `error` once it has failed; times are in UTC.
+    `wait_reason` says why it waits when it is not for the jobs ahead of it.
+    """
 
     job_id: str
     state: JobState
@@ -107,6 +113,7 @@ class Job:
     start_time: datetime | None
     end_time: datetime | None
     notes: tuple[str, ...]
+    wait_reason: str = ""
     clip: Clip | None = None
     error: CinecatError | None = None
 
@@ -128,6 +135,7 @@ def job_from_proto(job: job_pb2.Job) -> Job:
         start_time=moment(job, "start_time"),
         end_time=moment(job, "end_time"),
         notes=tuple(job.notes),
+        wait_reason=job.progress.wait_reason,
         clip=clip_from_proto(job) if state is JobState.SUCCEEDED else None,
         error=job_error(job) if failed else None,
     )
@@ -193,10 +201,12 @@ def _settings(clip: clip_pb2.ClipSpec) -> dict[str, Any]:
         "fps": clip.fps,
         "steps": clip.steps,
         "guidance": clip.guidance_scale,
+        "shift": clip.shift,
         "seed": clip.seed,
         "fit": enum_name(clip_pb2.Fit.DESCRIPTOR, "FIT_", clip.fit),
         "styles": tuple(map(Style.from_proto, clip.styles)),
         "tokenization": "cat" if clip.tokenization.mode == clip_pb2.Tokenization.CAT else "uniform",
+        "prompt_as_is": clip.prompt_as_is,
     }
 
 

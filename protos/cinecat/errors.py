@@ -57,13 +57,20 @@ class NotFound(CinecatError):
 
 
 class AlreadyExists(CinecatError):
-    """The request id was already used for another clip."""
+    """The request id was already used for another clip, or the version for another style."""
 
     default_code = grpc.StatusCode.ALREADY_EXISTS
 
 
+class Conflict(CinecatError):
+    """Somebody else is changing the same thing right now."""
+
+    default_code = grpc.StatusCode.ABORTED
+    retryable = True
+
+
 class WrongState(CinecatError):
-    """The job is not in a state that allows this, e.g. a download before it has succeeded."""
+    """The job or style is not in a state that allows this, e.g. a download before the job has succeeded."""
 
     default_code = grpc.StatusCode.FAILED_PRECONDITION
 
@@ -136,6 +143,7 @@ _CLASS_OF_STATUS: dict[grpc.StatusCode, type[CinecatError]] = {
     grpc.StatusCode.OUT_OF_RANGE: InvalidRequest,
     grpc.StatusCode.NOT_FOUND: NotFound,
     grpc.StatusCode.ALREADY_EXISTS: AlreadyExists,
+    grpc.StatusCode.ABORTED: Conflict,
     grpc.StatusCode.FAILED_PRECONDITION: WrongState,
     grpc.StatusCode.PERMISSION_DENIED: AccessDenied,
     grpc.StatusCode.UNAUTHENTICATED: AccessDenied,

@@ -21,7 +21,8 @@ class Event:
 @dataclass(frozen=True, kw_only=True)
 class Progress(Event):
     """The job is under way: denoising steps and decoded frames, done and in total; jobs ahead of it (0 once it runs);
-    and the seconds until the clip can be fetched, None while the server cannot tell.
+    the seconds until the clip can be fetched, None while the server cannot tell; and why it waits when it is not for
+    the jobs ahead of it, else "".
     """
 
     step: int
@@ -30,6 +31,7 @@ class Progress(Event):
     total_frames: int
     queue_position: int
     eta_seconds: float | None
+    wait_reason: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,4 +62,5 @@ def event_from_proto(message: job_pb2.JobEvent) -> Progress | Finished:
         total_frames=job.progress.total_frames,
         queue_position=job.progress.queue_position,
         eta_seconds=eta_seconds(job.progress),
+        wait_reason=job.progress.wait_reason,
     )

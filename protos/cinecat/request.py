@@ -28,19 +28,21 @@ _MODES = {"uniform": clip_pb2.Tokenization.UNIFORM, "cat": clip_pb2.Tokenization
 
 
 class ClipArguments(TypedDict, total=False):
-    """The clip to make. What is left out or None takes the model's default.
+    """The clip to make. What is left out or None takes the default of its styles, or else the model's.
 
     `image` is the first frame: a path, bytes or binary file holding a PNG, JPEG, WebP or TIFF of at most 32 MiB.
     `style` is "noir", "noir:0.8", "noir@1.2:0.8", a `Style`, or a list of those. The size in pixels is `size`
     ("832x480") or `width` and `height`. `frames` is 4k + 1; `fps` is in frames per second. `guidance` of 1 or less
-    switches guidance off. `seed` is 0 to 2^63 - 1. `tokenization="cat"` shares tokens between redundant regions, within
-    `keep_ratio` (above 0, at most 1) or down to `target_psnr_db`. `artifacts` are the files to write; the first one is
-    the clip that `generate` fetches.
+    switches guidance off. `shift` is of the noise schedule, 0.01 to 100. `prompt_as_is` keeps the styles' prompt
+    templates away from the prompt. `seed` is 0 to 2^63 - 1. `tokenization="cat"` shares tokens between redundant
+    regions, within `keep_ratio` (above 0, at most 1) or down to `target_psnr_db`. `artifacts` are the files to write;
+    the first one is the clip that `generate` fetches.
     """
 
     image: Required["image.ImageArgument"]
     prompt: Required[str]
     style: "styles.StylesArgument"
+    prompt_as_is: bool
     negative_prompt: str
     model: str
     fit: Literal["crop", "pad", "stretch"] | None
@@ -51,6 +53,7 @@ class ClipArguments(TypedDict, total=False):
     fps: float | None
     steps: int | None
     guidance: float | None
+    shift: float | None
     seed: int | None
     tokenization: Literal["uniform", "cat"] | None
     keep_ratio: float | None
@@ -104,6 +107,7 @@ def _set_texts(clip: clip_pb2.ClipSpec, arguments: ClipArguments, violations: li
     clip.prompt = _text("clip.prompt", arguments["prompt"], violations)
     clip.negative_prompt = _text("clip.negative_prompt", arguments.get("negative_prompt"), violations)
     clip.model = _text("clip.model", arguments.get("model"), violations)
+    clip.prompt_as_is = bool(arguments.get("prompt_as_is"))
 
 
 def _set_size(clip: clip_pb2.ClipSpec, arguments: ClipArguments, violations: list[FieldViolation]) -> None:
@@ -135,6 +139,7 @@ def _set_numbers(clip: clip_pb2.ClipSpec, arguments: ClipArguments, violations: 
         "fps": fps,
         "steps": _integer("clip.steps", arguments.get("steps"), 1, _MAX_INT32, violations),
         "guidance_scale": _number("clip.guidance_scale", arguments.get("guidance"), violations),
+        "shift": _number("clip.shift", arguments.get("shift"), violations),
         "seed": _integer("clip.seed", arguments.get("seed"), 0, _MAX_SEED, violations),
     }
     _assign(clip, numbers)

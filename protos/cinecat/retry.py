@@ -14,11 +14,19 @@ _FIRST_DELAY_S = 0.2
 _MAX_DELAY_S = 5.0
 _CONNECT_ATTEMPTS = 4
 
-# Every unary call may be repeated: the reads change nothing, CancelJob ends in the same state, and Submit carries a
-# request id. Streams resume from where they broke off, which gRPC cannot know; they are left to `Backoff`.
+# What may be repeated: the reads change nothing, CancelJob and WarmStyle end in the same state, and Submit carries a
+# request id. Streams resume from where they broke off, which gRPC cannot know; they are left to `Backoff`. An upload
+# would have to be held in memory.
+_REPEATABLE = {
+    "Generation": ("Submit", "GetJob", "ListJobs", "CancelJob"),
+    "Styles": ("ListStyles", "GetStyle", "WarmStyle"),
+    "Models": ("ListModels",),
+}
 _UNARY_METHODS = [
-    {"service": "cinecat.v1.Generation", "method": method} for method in ("Submit", "GetJob", "ListJobs", "CancelJob")
-] + [{"service": "cinecat.v1.Styles"}, {"service": "cinecat.v1.Models"}]
+    {"service": f"cinecat.v1.{service}", "method": method}
+    for service, methods in _REPEATABLE.items()
+    for method in methods
+]
 
 CHANNEL_OPTIONS = [
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),

@@ -15,12 +15,13 @@ _SPELLING = re.compile(r"(?P<name>[^@:]+)(@(?P<version>[^@:]+))?(:(?P<strength>[
 @dataclass(frozen=True)
 class Style:
     """A style to wear. `strength` multiplies its effect, -4 to 4; None means the style's own default. `version` is
-    empty for the newest one.
+    empty for the newest one. `fingerprint` is the SHA-256 of the weights that it must have; empty for whatever it has.
     """
 
     name: str
     strength: float | None = None
     version: str = ""
+    fingerprint: str = ""
 
     @classmethod
     def parse(cls, text: str) -> "Style":
@@ -37,7 +38,7 @@ class Style:
 
     @classmethod
     def from_proto(cls, ref: clip_pb2.StyleRef) -> "Style":
-        return cls(ref.name, ref.strength if ref.HasField("strength") else None, ref.version)
+        return cls(ref.name, ref.strength if ref.HasField("strength") else None, ref.version, ref.fingerprint)
 
     def __str__(self) -> str:
         version = f"@{self.version}" if self.version else ""
@@ -80,7 +81,7 @@ def _style(value: object) -> Style:
 def _to_proto(style: Style, field: str, violations: list[FieldViolation]) -> clip_pb2.StyleRef:
     if not style.name:
         violations.append(FieldViolation(f"{field}.name", "is empty; give the name of a style"))
-    ref = clip_pb2.StyleRef(name=style.name, version=style.version)
+    ref = clip_pb2.StyleRef(name=style.name, version=style.version, fingerprint=style.fingerprint)
     if style.strength is None:
         return ref
     # NaN fails every comparison, so it is refused here too.

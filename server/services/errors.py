@@ -48,6 +48,10 @@ class ErrorInterceptor(_Interceptor):
             return grpc.unary_stream_rpc_method_handler(
                 self._streaming(method, handler.unary_stream), handler.request_deserializer, handler.response_serializer
             )
+        if handler.request_streaming:
+            return grpc.stream_unary_rpc_method_handler(
+                self._unary(method, handler.stream_unary), handler.request_deserializer, handler.response_serializer
+            )
         return grpc.unary_unary_rpc_method_handler(
             self._unary(method, handler.unary_unary), handler.request_deserializer, handler.response_serializer
         )

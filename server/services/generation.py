@@ -12,8 +12,6 @@ from functools import partial
 from typing import Any, TypeAlias
 
 import grpc
-import numpy as np
-from numpy.typing import NDArray
 
 from cinecat.server.artifacts import ArtifactStore
 from cinecat.server.errors import RequestError, Violation, invalid
@@ -135,13 +133,13 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
             notes=acceptable.notes,
         )
         # A client that vanishes from here on leaves a job that is stored and queued, or none.
-        return await asyncio.shield(asyncio.ensure_future(self._enqueue(job, request_hash, acceptable.frame)))
+        return await asyncio.shield(asyncio.ensure_future(self._enqueue(job, request_hash, acceptable)))
 
     async def _in_checker(self, work: Callable[[], AcceptableClip]) -> AcceptableClip:
         return await asyncio.get_running_loop().run_in_executor(self._checkers, work)
 
-    async def _enqueue(self, job: job_pb2.Job, request_hash: str, frame: NDArray[np.uint8]) -> job_pb2.Job:
-        live, existing = await self._jobs.accept(job, frame, request_hash)
+    async def _enqueue(self, job: job_pb2.Job, request_hash: str, clip: AcceptableClip) -> job_pb2.Job:
+        live, existing = await self._jobs.accept(job, clip.frame, request_hash, clip.weights)
         if live is None:
             assert existing is not None
             return _same_request(existing.job, existing.request_hash == request_hash)

@@ -3,22 +3,51 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 import grpc
 
+from cinecat.engines.messages import Answer, Call, StyleUse, Warm, Warmed
+from cinecat.plugins.manifest import PREVIEW_TYPES
 from cinecat.plugins.registry import Style, UnknownStyle
-from cinecat.server.errors import Violation, invalid
+from cinecat.plugins.sources import Origin
+from cinecat.server.errors import RequestError, Violation, invalid
+from cinecat.server.inputs import JobInputs
 from cinecat.server.services.paging import decode_token, encode_token, page_size
+from cinecat.server.style_installer import StyleInstaller
 from cinecat.server.styles import StyleCatalogue
 from cinecat.v1 import styles_pb2, styles_pb2_grpc
 
+A = TypeVar("A", bound=Answer)
+
+_MAX_IGNORED_KEYS = 100
+_ORIGINS = {
+    Origin.BUNDLED: styles_pb2.STYLE_ORIGIN_BUNDLED,
+    Origin.FOLDER: styles_pb2.STYLE_ORIGIN_FOLDER,
+    Origin.INSTALLED: styles_pb2.STYLE_ORIGIN_INSTALLED,
+    Origin.PACKAGE: styles_pb2.STYLE_ORIGIN_PACKAGE,
+}
+
+
+class Core(Protocol):
+    """What the service needs of the engine core."""
+
+    async def call(self, call: Call, answer: type[A]) -> A: ...
+
 
 class StylesService(styles_pb2_grpc.StylesServicer):
-    """Reads the styles folders at every call, so that what is put there is found without a restart."""
+    """Looks for styles at every call, so that what is put into a folder or installed is found without a restart."""
 
-    def __init__(self, catalogue: StyleCatalogue) -> None:
+    def __init__(self, catalogue: StyleCatalogue, installer: StyleInstaller, inputs: JobInputs, core: Core) -> None:
+        """`inputs` tells which styles accepted jobs wear."""
         self._catalogue = catalogue
+        self._installer = installer
+        self._inputs = inputs
+        self._core = core
 
     async def ListStyles(  # noqa: N802
         self, request: styles_pb2.ListStylesRequest, context: grpc.aio.ServicerContext[Any, Any]
@@ -30,9 +59,10 @@ class StylesService(styles_pb2_grpc.StylesServicer):
         response = styles_pb2.ListStylesResponse(
             styles=[self._to_proto(style) for style in styles[start : start + size]]
         )
+        for style in response.styles:
+            del style.ignored_keys[:]
         for problem in await asyncio.to_thread(self._catalogue.problems):
-            folder = str(problem.folder).encode(errors="replace").decode()  # a name on disk need not be Unicode
-            response.problems.add(folder=folder, reason=problem.reason)
+            response.problems.add(folder=_text(problem.folder), reason=problem.reason)
         if start + size < len(styles):
             response.next_page_token = encode_token(start + size)
         return response
@@ -40,16 +70,56 @@ class StylesService(styles_pb2_grpc.StylesServicer):
     async def GetStyle(  # noqa: N802
         self, request: styles_pb2.GetStyleRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> styles_pb2.Style:
-        try:
-            style = await asyncio.to_thread(self._catalogue.find, request.name, request.version)
-        except UnknownStyle as error:
-            raise invalid([Violation("name", f"{error}", missing=True)]) from error
+        style = await self._find(request.name, request.version)
+        answer = self._to_proto(style)
+        if request.with_preview and style.manifest.preview:
+            with contextlib.suppress(OSError):  # taken away since
+                answer.preview.data = await asyncio.to_thread((style.folder / style.manifest.preview).read_bytes)
+        return answer
+
+    async def InstallStyle(  # noqa: N802
+        self,
+        request_iterator: AsyncIterator[styles_pb2.InstallStyleRequest],
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> styles_pb2.InstallStyleResponse:
+        installation = await self._installer.install(request_iterator)
+        return styles_pb2.InstallStyleResponse(
+            style=self._to_proto(installation.style), unchanged=installation.unchanged, notes=installation.notes
+        )
+
+    async def RemoveStyle(  # noqa: N802
+        self, request: styles_pb2.RemoveStyleRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> styles_pb2.RemoveStyleResponse:
+        style = await self._installer.remove(request.name, request.version)
+        if style is None:
+            broken = styles_pb2.Style(name=request.name, version=request.version)
+            return styles_pb2.RemoveStyleResponse(style=broken)
+        return styles_pb2.RemoveStyleResponse(style=self._to_proto(style))
+
+    async def WarmStyle(  # noqa: N802
+        self, request: styles_pb2.WarmStyleRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> styles_pb2.Style:
+        style = await self._find(request.name, request.version)
+        if problem := self._catalogue.incompatibility(style):
+            problem = f"{style.manifest.name!r} {problem}"
+            raise RequestError(grpc.StatusCode.FAILED_PRECONDITION, f"name: {problem}", [Violation("name", problem)])
+        use = StyleUse(str(style.weights_path), style.fingerprint, 1.0)
+        warmed = await self._core.call(Warm(use), Warmed)
+        self._catalogue.activity.resident = warmed.resident
         return self._to_proto(style)
 
+    async def _find(self, name: str, version: str) -> Style:
+        try:
+            return await asyncio.to_thread(self._catalogue.find, name, version)
+        except UnknownStyle as error:
+            raise invalid([Violation("name", f"{error}", missing=True)]) from error
+
     def _to_proto(self, style: Style) -> styles_pb2.Style:
-        manifest = style.manifest
+        manifest, header, activity = style.manifest, style.header, self._catalogue.activity
         incompatibility = self._catalogue.incompatibility(style)
-        return styles_pb2.Style(
+        ignored = self._catalogue.ignored(header)
+        uses, last_use_ns = activity.uses(style.fingerprint)
+        answer = styles_pb2.Style(
             name=manifest.name,
             version=manifest.version,
             title=manifest.title,
@@ -57,9 +127,45 @@ class StylesService(styles_pb2_grpc.StylesServicer):
             trigger_words=manifest.trigger_words,
             default_strength=manifest.default_strength,
             base_model=manifest.base_model,
-            rank=style.header.max_rank,
+            rank=header.max_rank,
             license=manifest.license,
             author=manifest.author,
             compatible=not incompatibility,
             incompatibility=incompatibility,
+            prompt_template=manifest.prompt_template,
+            sampler=styles_pb2.SamplerDefaults(**_given(manifest.sampler)),
+            base_dims=styles_pb2.BaseDims(**_given(manifest.base_dims)),
+            fingerprint=style.fingerprint,
+            weights_size_bytes=style.weights_bytes,
+            format=header.format,
+            ignored_key_count=len(ignored),
+            origin=_ORIGINS[style.place.origin],
+            provider=style.place.provider or _text(style.folder),
+            uses=uses,
+            jobs=self._inputs.wearers(style.fingerprint),
         )
+        for each in ignored[:_MAX_IGNORED_KEYS]:
+            answer.ignored_keys.add(key=each.key, reason=each.reason)
+        if manifest.preview:
+            _describe_preview(answer.preview, style.folder / manifest.preview)
+        if last_use_ns:
+            answer.last_use_time.FromNanoseconds(last_use_ns)
+        if slots := activity.slots(style.fingerprint):
+            answer.residency.slots.extend(slot.slot for slot in slots)
+            answer.residency.size_bytes = sum(slot.size_bytes for slot in slots)
+        return answer
+
+
+def _describe_preview(preview: styles_pb2.StylePreview, path: Path) -> None:
+    preview.file_name = path.name
+    preview.mime_type = PREVIEW_TYPES[path.suffix]
+    preview.size_bytes = path.stat().st_size if path.exists() else 0
+
+
+def _given(numbers: Any) -> dict[str, Any]:
+    return {name: value for name, value in asdict(numbers).items() if value is not None}
+
+
+def _text(path: Path) -> str:
+    """A name on disk need not be Unicode."""
+    return str(path).encode(errors="replace").decode()

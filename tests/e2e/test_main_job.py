@@ -31,7 +31,11 @@ def test_a_clip_is_an_mp4_of_the_size_length_and_rate_asked_for(
         assert (stream.codec_context.name, stream.average_rate) == ("h264", 12)
     assert np.shape(frames) == (9, 64, 96, 3)
     assert (settings["seed"], settings["prompt"]) == ("11", "a cat looks up")
-    assert settings["styles"] == [{"name": "noir", "version": "1.0.0", "strength": 0.5}]
+    (worn,) = clip.styles
+    assert settings["styles"] == [
+        {"name": "noir", "version": "1.0.0", "strength": 0.5, "fingerprint": worn.fingerprint}
+    ]
+    assert worn.fingerprint == client.style("noir").fingerprint
     assert (clip.seed, clip.frames, clip.tokens_used, clip.tokens_uniform) == (11, 9, 72, 72)
 
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from cinecat.engines import stages
 from cinecat.engines.checkpoint import find_checkpoint
 from cinecat.engines.core import EngineCore
-from cinecat.engines.errors import EngineError
-from cinecat.engines.messages import CoreConfig, Shot
+from cinecat.engines.errors import EngineError, NoFreeSlot, OutOfMemory
+from cinecat.engines.messages import CoreConfig, Shot, StyleUse
 from cinecat.engines.model import WanModel
 
 SHOT = Shot(
@@ -135,3 +138,90 @@ def test_streamed_decoding_equals_decoding_at_once_also_for_two_clips_in_turn(mo
     for index, latent in enumerate(latents):
         whole = (model.vae.decode(latent, return_dict=False)[0] / 2 + 0.5).clamp(0, 1)[0].permute(1, 2, 3, 0)
         torch.testing.assert_close(torch.cat([chunk[index] for chunk in streamed]), whole, rtol=1e-5, atol=1e-5)
+
+
+def style_file(path: Path, seed: int) -> StyleUse:
+    draw = torch.Generator().manual_seed(seed)
+    factors = {"A": torch.randn(2, 48, generator=draw), "B": torch.randn(48, 2, generator=draw)}
+    save_file({f"transformer.blocks.0.attn2.to_q.lora_{name}.weight": value for name, value in factors.items()}, path)
+    return StyleUse(str(path), hashlib.sha256(path.read_bytes()).hexdigest(), 1.0)
+
+
+def test_a_warm_style_is_resident_and_read_no_more(core: EngineCore, tmp_path: Path) -> None:
+    style = style_file(tmp_path / "dusk.safetensors", seed=1)
+    core.warm(style)
+    (resident,) = [slot for slot in core.residency() if style.fingerprint in slot.fingerprints]
+    assert resident.size_bytes > 0
+    Path(style.path).unlink()
+    conditioned = core.condition(replace(SHOT, styles=(style,)))
+    assert resident in conditioned.resident
+    core.release("a")
+
+
+def test_weights_written_over_in_place_are_refused_and_not_worn(core: EngineCore, tmp_path: Path) -> None:
+    accepted = style_file(tmp_path / "dusk.safetensors", seed=2)
+    style_file(tmp_path / "dusk.safetensors", seed=3)
+    before = core.residency()
+    with pytest.raises(EngineError, match=r"dusk\.safetensors was replaced since the request was accepted"):
+        core.condition(replace(SHOT, styles=(accepted,)))
+    assert core.residency() == before
+
+
+def test_a_shift_moves_the_timesteps_and_the_models_own_changes_nothing(model: WanModel) -> None:
+    own = model.new_scheduler(8).timesteps
+    torch.testing.assert_close(model.new_scheduler(8, model.shift).timesteps, own, rtol=0, atol=0)
+    assert (model.new_scheduler(8, 3 * model.shift).timesteps[1:] > own[1:]).all()
+
+
+def test_a_style_whose_file_is_gone_fails_its_request_which_renders_in_no_style(
+    core: EngineCore, tmp_path: Path
+) -> None:
+    previous, gone = (style_file(tmp_path / f"{seed}.safetensors", seed) for seed in (4, 5))
+    plain = render(core, SHOT)
+    styled = render(core, replace(SHOT, styles=(previous,)))
+    Path(gone.path).unlink()
+    with pytest.raises(EngineError, match=r"styles: 5\.safetensors cannot be read any more"):
+        core.condition(replace(SHOT, styles=(gone,)))
+    with pytest.raises(EngineError, match="not in the engine core"):
+        core.step("a")
+    assert torch.equal(render(core, SHOT), plain)
+    assert torch.equal(render(core, replace(SHOT, styles=(previous,))), styled)
+    assert not torch.equal(styled, plain)
+
+
+def test_without_a_free_slot_a_request_leaves_the_running_ones_be_and_gets_the_first_that_ends(
+    core: EngineCore, tmp_path: Path
+) -> None:
+    worn = [style_file(tmp_path / f"{seed}.safetensors", seed) for seed in (6, 7, 8)]
+    first, second, third = (replace(SHOT, job_id=name, styles=(use,)) for name, use in zip("abc", worn, strict=True))
+    alone = render(core, first)
+    core.condition(first)
+    core.condition(second)
+    with pytest.raises(NoFreeSlot, match="no style slot is free: 2 of 2 are worn by running clips"):
+        core.condition(third)
+    with pytest.raises(NoFreeSlot):
+        core.warm(worn[2])
+    for _ in range(SHOT.steps):
+        core.step("a")
+    assert torch.equal(finish(core, "a"), alone)
+    core.condition(third)
+    core.release("b")
+    core.release("c")
+
+
+def test_a_request_that_cannot_be_encoded_keeps_no_slot(
+    core: EngineCore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worn = [style_file(tmp_path / f"{seed}.safetensors", seed) for seed in (9, 10)]
+
+    def fail(*_: object) -> Tensor:
+        raise OutOfMemory("the text encoder found no memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(stages, "encode_text", fail)
+        for use in worn * 2:
+            with pytest.raises(OutOfMemory):
+                core.condition(replace(SHOT, prompt="never encoded", styles=(use,)))
+    for use in worn:
+        core.warm(use)
+    assert {slot.fingerprints[0] for slot in core.residency()} == {use.fingerprint for use in worn}

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from cinecat.plugins.lora import load_lora
 from tests.plugins.samples import DIM, TARGETS, Factors, random_factors, write_lora
@@ -141,3 +141,19 @@ def test_a_file_saved_by_a_pipeline_is_read_at_its_scale(
     torch.testing.assert_close(
         _our_deltas(tmp_path / "pytorch_lora_weights.safetensors"), _peft_deltas(styled, "sepia")
     )
+
+
+def test_a_lora_of_the_patch_embedding_changes_what_it_changes_in_peft(
+    transformer: WanTransformer3DModel, path: Path
+) -> None:
+    tensors = {
+        "patch_embedding.lora_A.weight": torch.randn(3, 36, 1, 2, 2),
+        "patch_embedding.lora_B.weight": torch.randn(DIM, 3, 1, 1, 1),
+    }
+    save_file(tensors, path)
+    styled = copy.deepcopy(transformer)
+
+    styled.load_lora_adapter(tensors, adapter_name="sepia", prefix=None)
+
+    delta = styled.patch_embedding.get_delta_weight("sepia").detach()
+    torch.testing.assert_close(_our_deltas(path)["patch_embedding"].reshape(delta.shape), delta)

@@ -9,7 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cinecat.plugins.errors import StyleError
-from cinecat.plugins.manifest import MAX_MANIFEST_BYTES, read_manifest
+from cinecat.plugins.manifest import (
+    MAX_MANIFEST_BYTES,
+    MAX_PREVIEW_BYTES,
+    BaseDims,
+    ManifestError,
+    SamplerDefaults,
+    StyleManifest,
+    parse_manifest,
+    read_manifest,
+    write_manifest,
+)
 from tests.plugins.samples import MANIFEST, toml, write_style
 
 _text = st.text(st.characters(exclude_categories=["Cc", "Cs"]), max_size=60)
@@ -29,7 +39,27 @@ _manifests = st.fixed_dictionaries(
         "default_strength": st.floats(-4, 4) | st.integers(-4, 4),
         "license": _text,
         "author": _text,
+        "prompt_template": _text.map("{{prompt}} {}".format),
     },
+)
+_steps = st.integers(1, 10_000)
+_described = st.builds(
+    StyleManifest,
+    name=st.just("sepia"),
+    version=st.just("1.0.0"),
+    title=_text.filter(bool),
+    base_model=st.just("wan2.1-i2v-tiny"),
+    weights=st.just("sepia.safetensors"),
+    description=st.text(st.characters(exclude_categories=["Cs"]), max_size=60),
+    trigger_words=st.lists(_text.filter(bool), max_size=3).map(tuple),
+    prompt_template=st.sampled_from(["", "{prompt}, sepia", 'a "{prompt}" \\ {prompt}']),
+    default_strength=st.floats(-4, 4),
+    author=_text,
+    preview=st.sampled_from(["", "sepia.webp"]),
+    base_dims=st.builds(BaseDims, dim=st.none() | _steps, layers=st.none() | st.integers(1, 1000)),
+    sampler=st.builds(
+        SamplerDefaults, steps=st.none() | _steps, guidance_scale=st.none() | st.floats(0, 30), shift=st.just(3.0)
+    ),
 )
 
 
@@ -47,6 +77,12 @@ def test_every_allowed_manifest_is_read_as_written(folder: Path, table: dict[str
 
     expected = {**table, "trigger_words": tuple(table.get("trigger_words", ()))}
     assert {key: getattr(manifest, key) for key in expected} == expected
+
+
+@given(manifest=_described)
+@settings(deadline=None)
+def test_what_is_written_reads_as_it_was(manifest: StyleManifest) -> None:
+    assert parse_manifest(write_manifest(manifest)) == manifest
 
 
 @given(data=st.binary(max_size=200))
@@ -90,6 +126,15 @@ def test_what_is_left_out_has_its_default(tmp_path: Path) -> None:
         ("weights", "..\\sepia.safetensors", "without a path"),
         ("weights", "sepia.bin", "a .safetensors file"),
         ("weights", "absent.safetensors", "weights: there is no file 'absent.safetensors' in the folder"),
+        ("prompt_template", "sepia", "one line of at most 1000 characters that holds {prompt}"),
+        ("prompt_template", "{prompt}\nsepia", "one line"),
+        ("preview", "../sepia.png", "without a path"),
+        ("preview", "/etc/sepia.png", "without a path"),
+        ("preview", ".sepia.png", "a .png, .jpg"),
+        ("preview", "sepia.svg", "a .png, .jpg"),
+        ("preview", "absent.png", "preview: there is no file 'absent.png' in the folder"),
+        ("sampler", 4, "sampler is 4; it must be a table with steps, guidance_scale and shift"),
+        ("base_dims", [5120], "base_dims is [5120]; it must be a table with dim, ffn_dim and layers"),
         ("strenght", 1.0, "'strenght' is not a key"),
         ("defualt_strength", 1.0, "'defualt_strength' is not a key; did you mean default_strength"),
     ],
@@ -102,6 +147,44 @@ def test_a_wrong_key_is_named_with_what_it_allows(tmp_path: Path, key: str, valu
 
     assert key in f"{caught.value}"
     assert allowed in f"{caught.value}"
+
+
+@pytest.mark.parametrize(
+    ("lines", "key", "problem"),
+    [
+        ("[sampler]\nsteps = 0", "sampler.steps", "is 0; it must be a whole number from 1 to 10000"),
+        ("[sampler]\nsteps = 4.0", "sampler.steps", "is 4.0; it must be a whole number"),
+        ("[sampler]\nguidance_scale = 31", "sampler.guidance_scale", "a number from 0 to 30"),
+        ("[sampler]\nguidance_scale = nan", "sampler.guidance_scale", "a number from 0 to 30"),
+        ("[sampler]\nshift = 0", "sampler.shift", "a number from 0.01 to 100"),
+        ("[sampler]\nshift = inf", "sampler.shift", "a number from 0.01 to 100"),
+        ("[sampler]\nstep = 4", "'sampler.step'", "is not a key; did you mean steps?"),
+        ("[base_dims]\ndim = -1", "base_dims.dim", "is -1; it must be a whole number from 1"),
+        ("[base_dims]\nheads = 40", "'base_dims.heads'", "is not a key; the keys are dim, ffn_dim, layers"),
+        ("x = 1" + "0" * 5000, "", "is not valid TOML"),
+    ],
+)
+def test_a_wrong_key_of_a_table_is_named(lines: str, key: str, problem: str) -> None:
+    with pytest.raises(ManifestError) as caught:
+        parse_manifest(f"{toml(MANIFEST)}{lines}\n")
+
+    assert caught.value.key == key
+    assert problem in caught.value.problem
+
+
+def test_a_preview_lies_in_the_folder_and_is_small(tmp_path: Path) -> None:
+    folder = write_style(tmp_path / "sepia", preview="sepia.png")
+    (folder / "sepia.png").write_bytes(bytes(MAX_PREVIEW_BYTES))
+    assert read_manifest(folder).preview == "sepia.png"
+
+    (folder / "sepia.png").write_bytes(bytes(MAX_PREVIEW_BYTES + 1))
+    with pytest.raises(StyleError, match=f"preview has more than {MAX_PREVIEW_BYTES} bytes"):
+        read_manifest(folder)
+
+    (folder / "sepia.png").rename(tmp_path / "sepia.png")
+    (folder / "sepia.png").symlink_to(tmp_path / "sepia.png")
+    with pytest.raises(StyleError, match=r"preview: 'sepia\.png' is a link out of the style's folder"):
+        read_manifest(folder)
 
 
 @pytest.mark.parametrize("number", ["nan", "inf", "-inf"])

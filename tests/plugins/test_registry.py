@@ -100,7 +100,7 @@ def test_a_file_that_changed_just_now_is_not_trusted_to_show_its_next_change(
     tmp_path: Path, registry: StyleRegistry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = time.time_ns()
-    monkeypatch.setattr(registry_module, "_signature", lambda path: (1, 1, now, now))
+    monkeypatch.setattr(registry_module, "_signature", lambda path: (1, 1, now, now, 1))
     write_style(tmp_path / "sepia", seed=1)
     before = registry.find("sepia").fingerprint
 
@@ -129,6 +129,32 @@ def test_nothing_is_read_when_nothing_changed(
     monkeypatch.delattr(registry_module, "inspect_lora")
 
     assert (registry.styles(), registry.problems()) == first
+
+
+@pytest.mark.usefixtures("settled")
+def test_another_link_to_the_weights_is_no_reason_to_read_them_again(
+    tmp_path: Path, registry: StyleRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = write_style(tmp_path / "sepia") / "sepia.safetensors"
+    before = registry.styles()
+    monkeypatch.delattr(registry_module, "inspect_lora")
+
+    time.sleep(0.05)  # past the tick of the kernel's clock
+    os.link(weights, tmp_path / "kept")
+    assert registry.styles() == before
+    time.sleep(0.05)
+    (tmp_path / "kept").unlink()
+    assert registry.styles() == before
+
+
+@pytest.mark.usefixtures("settled")
+def test_a_preview_that_goes_is_noticed(tmp_path: Path, registry: StyleRegistry) -> None:
+    folder = write_style(tmp_path / "sepia", preview="sepia.png")
+    (folder / "sepia.png").write_bytes(b"a picture")
+    assert _listed(registry) == [("sepia", "1.0.0")]
+
+    (folder / "sepia.png").unlink()
+    assert [problem.folder for problem in registry.problems()] == [folder]
 
 
 def test_a_half_written_style_is_a_problem_until_it_is_whole(tmp_path: Path, registry: StyleRegistry) -> None:

@@ -111,6 +111,7 @@ class Script(GenerationServicer, StylesServicer, ModelsServicer):
     unary_breaks: deque[Break] = field(default_factory=deque)
     finished_job: job_pb2.Job = field(default_factory=succeeded_job)
     asked: list[object] = field(default_factory=list)
+    uploads: list[list[styles_pb2.InstallStyleRequest]] = field(default_factory=list)
     cancelled: threading.Event = field(default_factory=threading.Event)
 
     def requests(self, kind: type) -> list[object]:
@@ -159,6 +160,31 @@ class Script(GenerationServicer, StylesServicer, ModelsServicer):
         self._answer(request, context)
         return _style(request.name)
 
+    def InstallStyle(  # noqa: N802
+        self, request_iterator: Iterator[styles_pb2.InstallStyleRequest], context: grpc.ServicerContext
+    ) -> styles_pb2.InstallStyleResponse:
+        parts = []
+        for part in request_iterator:
+            parts.append(part)
+            if self.unary_breaks:
+                _break(self.unary_breaks.popleft(), context)
+        self.uploads.append(parts)
+        return styles_pb2.InstallStyleResponse(style=_style(_sent_name(parts)), notes=["made for [another] model"])
+
+    def RemoveStyle(  # noqa: N802
+        self, request: styles_pb2.RemoveStyleRequest, context: grpc.ServicerContext
+    ) -> styles_pb2.RemoveStyleResponse:
+        self._answer(request, context)
+        style = _style(request.name)
+        style.jobs = 2
+        return styles_pb2.RemoveStyleResponse(style=style)
+
+    def WarmStyle(self, request: styles_pb2.WarmStyleRequest, context: grpc.ServicerContext) -> styles_pb2.Style:  # noqa: N802
+        self._answer(request, context)
+        style = _style(request.name)
+        style.residency.slots.append(3)
+        return style
+
     def ListModels(self, request: object, context: grpc.ServicerContext) -> models_pb2.ListModelsResponse:  # noqa: N802
         self._answer(request, context)
         model = models_pb2.Model(name="wan-tiny", engine="torch", tokenizations=[clip_pb2.Tokenization.UNIFORM])
@@ -193,9 +219,25 @@ def start(script: Script) -> tuple[grpc.Server, str]:
 
 def _style(name: str) -> styles_pb2.Style:
     # The title tries to be markup and to drive the terminal.
-    return styles_pb2.Style(
-        name=name, version="1.0", title="[red]hot\x1b[2J", default_strength=0.8, compatible=True, trigger_words=["rain"]
+    style = styles_pb2.Style(
+        name=name,
+        version="1.0",
+        title="[red]hot\x1b[2J",
+        default_strength=0.8,
+        compatible=True,
+        trigger_words=["rain"],
+        origin=styles_pb2.STYLE_ORIGIN_INSTALLED,
+        sampler=styles_pb2.SamplerDefaults(steps=4),
+        ignored_key_count=2,
     )
+    style.ignored_keys.add(key="img_emb", reason="not a layer")
+    style.preview.file_name = "rain.png"
+    style.preview.data = b"a picture"
+    return style
+
+
+def _sent_name(parts: list[styles_pb2.InstallStyleRequest]) -> str:
+    return parts[0].upload.fields.name or "from-toml"
 
 
 def _break(step: Break, context: grpc.ServicerContext) -> None:

@@ -226,7 +226,13 @@ def test_ctrl_c_cancels_the_job_and_says_so(script: Script, shot: Path, tmp_path
 def test_styles_are_listed_with_the_servers_strings_as_they_are(capsys: Captured) -> None:
     assert run(["styles"]) == 0
     printed = capsys.readouterr()
-    assert printed.out.splitlines()[1].split() == ["amber", "1.0", "0.8", "[red]hot\N{REPLACEMENT CHARACTER}[2J"]
+    assert printed.out.splitlines()[1].split() == [
+        "amber",
+        "1.0",
+        "0.8",
+        "[red]hot\N{REPLACEMENT CHARACTER}[2J",
+        "installed",
+    ]
     assert printed.err == "broken: no style.toml\n"
 
 
@@ -234,6 +240,10 @@ def test_styles_are_listed_with_the_servers_strings_as_they_are(capsys: Captured
     ("arguments", "name", "value"),
     [
         (["styles", "show", "noir"], "trigger_words", ["rain"]),
+        (["styles", "show", "noir"], "sampler", {"steps": 4}),
+        (["styles", "show", "noir"], "resident", False),
+        (["styles", "remove", "noir@1.0"], "jobs", 2),
+        (["styles", "warm", "noir"], "slots", [3]),
         (["jobs", "show", "job-1"], "status", "succeeded"),
         (["jobs", "cancel", "job-1"], "status", "denoising"),
     ],
@@ -247,6 +257,7 @@ def test_one_thing_is_one_json_object(arguments: list[str], name: str, value: ob
     ("arguments", "name", "count"),
     [
         (["styles"], "styles", 2),
+        (["styles", "list"], "styles", 2),
         (["jobs"], "jobs", 2),
         (["jobs", "--limit", "1"], "jobs", 1),
         (["models"], "models", 1),

@@ -37,7 +37,8 @@ class FakeCall(grpc.RpcError):
         (grpc.StatusCode.UNAVAILABLE, errors.ServerUnavailable, True),
         (grpc.StatusCode.DEADLINE_EXCEEDED, errors.ServerTimeout, True),
         (grpc.StatusCode.INTERNAL, errors.ServerError, False),
-        (grpc.StatusCode.ABORTED, errors.CinecatError, False),
+        (grpc.StatusCode.ABORTED, errors.Conflict, True),
+        (grpc.StatusCode.CANCELLED, errors.CinecatError, False),
     ],
 )
 def test_each_status_has_its_exception(code: grpc.StatusCode, kind: type[errors.CinecatError], retryable: bool) -> None:

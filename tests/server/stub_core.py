@@ -9,7 +9,17 @@ import os
 import signal
 from multiprocessing.connection import Connection
 
-from cinecat.engines.messages import CoreConfig, Failure, ModelInfo, Ready, Release, Released, Stepped
+from cinecat.engines.messages import (
+    CoreConfig,
+    Failure,
+    ModelInfo,
+    Ready,
+    Release,
+    Released,
+    SlotMemory,
+    Stepped,
+    VariantFused,
+)
 
 INFO = ModelInfo(
     name="stub",
@@ -30,6 +40,7 @@ ANSWERS = {
     "steps": Stepped(1, 2, 0.5),
     "refuses": Failure("request", "all steps are done"),
     "has no memory": Failure("memory", "out of memory"),
+    "finds no slot": Failure("slots", "no style slot is free"),
     "breaks": Failure("internal", "RuntimeError: no"),
     "answers wrongly": Released(),
 }
@@ -41,6 +52,8 @@ def run(connection: Connection, config: CoreConfig) -> None:
     if config.model == "is incomplete":
         connection.send(Failure("model", "transformer/config.json is missing"))
         return
+    connection.send(VariantFused("four-steps", 7, 1))
+    connection.send(SlotMemory("cpu", config.style_slots, config.max_rank, size_bytes=4096, available_bytes=8192))
     connection.send(Ready(INFO))
     while True:
         try:

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import structlog
 from prometheus_client import CollectorRegistry
 
-from cinecat.engines.errors import CoreDied, EngineError, EngineFault, ModelError, OutOfMemory
+from cinecat.engines.errors import CoreDied, EngineError, EngineFault, ModelError, NoFreeSlot, OutOfMemory
 from cinecat.engines.messages import CoreConfig, Decoded, Release, Released, Step, Stepped
 from cinecat.server import core_process
 from cinecat.server.core_process import CoreProcess, FrameBuffer
@@ -75,6 +76,8 @@ def test_calls_are_answered_and_failures_told_apart() -> None:
                 await core.call(Step("refuses"), Stepped)
             with pytest.raises(OutOfMemory, match="out of memory"):
                 await core.call(Step("has no memory"), Stepped)
+            with pytest.raises(NoFreeSlot, match="no style slot is free"):
+                await core.call(Step("finds no slot"), Stepped)
             with pytest.raises(EngineFault, match="RuntimeError: no"):
                 await core.call(Step("breaks"), Stepped)
             with pytest.raises(EngineFault, match="answered Released where Stepped was due"):
@@ -85,6 +88,26 @@ def test_calls_are_answered_and_failures_told_apart() -> None:
             await core.stop()
 
     asyncio.run(scenario())
+
+
+@pytest.mark.usefixtures("stub")
+def test_the_memory_of_the_slots_and_the_variant_are_logged_before_the_core_is_ready() -> None:
+    async def scenario() -> None:
+        core = new_core()
+        await core.start()
+        await core.stop()
+
+    with structlog.testing.capture_logs() as logs:
+        asyncio.run(scenario())
+    variant, memory, ready = logs
+    assert (variant["event"], variant["file"], variant["parameters"]) == ("model variant", "four-steps", 7)
+    assert (memory["event"], memory["bytes"], memory["style_slots"], memory["max_rank"]) == (
+        "memory for styles",
+        4096,
+        CONFIG.style_slots,
+        CONFIG.max_rank,
+    )
+    assert ready["event"] == "engine core ready"
 
 
 @pytest.mark.usefixtures("stub")

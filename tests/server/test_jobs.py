@@ -462,3 +462,28 @@ def test_the_frame_of_a_job_is_kept_until_its_end_and_across_restarts(tmp_path: 
 
     asyncio.run(before())
     asyncio.run(after())
+
+
+def test_the_weights_of_a_job_are_kept_until_its_end_and_across_restarts(tmp_path: Path) -> None:
+    fingerprint = "f" * 64
+    weights = tmp_path / "noir.safetensors"
+    weights.write_bytes(b"noir")
+    job = new_job("kept")
+    job.clip.styles.add(name="noir", version="1.0.0", strength=1.0, fingerprint=fingerprint)
+
+    async def before() -> None:
+        async with front(tmp_path) as f:
+            await f.jobs.accept(job, FRAME, "hash", {fingerprint: weights})
+
+    async def after() -> None:
+        async with front(tmp_path) as f:
+            (live,) = await f.jobs.restore()
+            kept = f.inputs.weights(fingerprint)
+            assert kept is not None
+            assert kept.read_bytes() == b"noir"
+            await f.jobs.cancel(live.job_id)
+            assert f.inputs.weights(fingerprint) is None
+
+    asyncio.run(before())
+    weights.unlink()
+    asyncio.run(after())

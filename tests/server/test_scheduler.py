@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 import pytest
 
-from cinecat.engines.errors import CoreDied, EngineError, EngineFault, ModelError, OutOfMemory
+from cinecat.engines.errors import CoreDied, EngineError, EngineFault, ModelError, NoFreeSlot, OutOfMemory
 from cinecat.plugins.registry import UnknownStyle
 from cinecat.server import scheduler as scheduler_module
 from cinecat.server.artifacts import ArtifactError
@@ -127,8 +127,12 @@ class Line:
     async def _on_core_state(self, alive: bool) -> None:
         self.core_states.append(alive)
 
-    async def enqueue(self, *names: str) -> list[LiveJob]:
-        jobs = [await self.front.accept(new_job(name)) for name in names]
+    async def enqueue(self, *names: str, style: str = "") -> list[LiveJob]:
+        made = [new_job(name) for name in names]
+        if style:
+            for job in made:
+                job.clip.styles.add(name=style, strength=1.0)
+        jobs = [await self.front.accept(job) for job in made]
         for live in jobs:
             self.scheduler.enqueue(live)
         return jobs
@@ -392,5 +396,93 @@ def test_a_database_that_fails_for_a_while_only_delays_what_must_be_stored(
         line.front.store.open.set()
         await ended(unlucky, following)
         assert (unlucky.job.state, following.job.state) == (end, SUCCEEDED)
+
+    with_line(tmp_path, scenario)
+
+
+NO_SLOT = "no style slot is free: 2 of 2 are worn by running clips"
+
+
+def test_a_job_without_a_slot_waits_and_says_why_until_a_clip_leaves_the_core(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduler_module, "_SLOT_RETRY_S", NEVER_S)
+
+    async def scenario(line: Line) -> None:
+        line.renderer.fates["a"] = [NoFreeSlot(NO_SLOT)]
+        line.renderer.gate.clear()
+        (a,) = await line.enqueue("a", style="noir")
+        (plain,) = await line.enqueue("plain")
+        line.renderer.gate.set()
+        await until(lambda: a.job.progress.wait_reason == NO_SLOT)
+        assert (a.job.state, a.attempts) == (QUEUED, 0)
+        await ended(a, plain)
+        assert line.renderer.rendered == ["a", "plain", "a"]
+        assert {a.job.state, plain.job.state} == {SUCCEEDED}
+        waited = [event.job for event in a.transitions if event.job.progress.wait_reason]
+        assert [(job.state, job.progress.wait_reason) for job in waited] == [(QUEUED, NO_SLOT)]
+        assert a.attempts == 1
+
+    with_line(tmp_path, scenario)
+
+
+def test_a_job_that_waits_for_a_slot_is_not_overtaken_by_one_that_needs_a_slot_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduler_module, "_SLOT_RETRY_S", 0.001)
+
+    async def scenario(line: Line) -> None:
+        line.renderer.fates["first"] = [NoFreeSlot(NO_SLOT)] * 3
+        styled = await line.enqueue("first", "second", style="noir")
+        await ended(*styled)
+        assert line.renderer.rendered == ["first"] * 4 + ["second"]
+        assert {live.job.state for live in styled} == {SUCCEEDED}
+
+    with_line(tmp_path, scenario)
+
+
+def test_a_job_at_strength_zero_needs_no_slot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduler_module, "_SLOT_RETRY_S", NEVER_S)
+
+    async def scenario(line: Line) -> None:
+        line.renderer.fates["first"] = [NoFreeSlot(NO_SLOT)]
+        (first,) = await line.enqueue("first", style="noir")
+        await until(lambda: first.job.progress.wait_reason == NO_SLOT)
+        job = new_job("off")
+        job.clip.styles.add(name="noir", strength=0.0)
+        off = await line.front.accept(job)
+        line.scheduler.enqueue(off)
+        await ended(first, off)
+        assert line.renderer.rendered == ["first", "off", "first"]
+
+    with_line(tmp_path, scenario)
+
+
+def test_a_job_that_waits_for_a_slot_can_be_cancelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduler_module, "_SLOT_RETRY_S", NEVER_S)
+
+    async def scenario(line: Line) -> None:
+        line.renderer.fates["a"] = [NoFreeSlot(NO_SLOT)]
+        (a,) = await line.enqueue("a", style="noir")
+        await until(lambda: a.job.progress.wait_reason == NO_SLOT)
+        await line.front.jobs.cancel("a")
+        await ended(a)
+        assert a.job.state == CANCELLED
+        await ended(*await line.enqueue("b"))
+        assert line.renderer.rendered == ["a", "b"]
+
+    with_line(tmp_path, scenario)
+
+
+def test_a_job_that_is_cancelled_while_it_finds_no_slot_ends(tmp_path: Path) -> None:
+    async def scenario(line: Line) -> None:
+        line.renderer.gate.clear()
+        line.renderer.fates["a"] = [NoFreeSlot(NO_SLOT)]
+        (a,) = await line.enqueue("a", style="noir")
+        await until(lambda: a.job.state == PATH_TO_SUCCESS[1])
+        a.stop_requested = True
+        line.renderer.gate.set()
+        await ended(a)
+        assert a.job.state == CANCELLED
 
     with_line(tmp_path, scenario)

@@ -21,6 +21,7 @@ from tests.server.samples import TARGETS, catalogue, model
 
 MODEL = model()
 STYLES = catalogue()
+NOIR = STYLES.find("noir").fingerprint
 INT32 = st.integers(-(2**31), 2**31 - 1)
 
 
@@ -171,7 +172,9 @@ def test_what_is_set_is_kept_but_for_the_image() -> None:
         seed=2**63 - 1,
         tokenization={"mode": "UNIFORM"},
         artifact_formats=[2, 1],
-        styles=[clip_pb2.StyleRef(name="noir", version="1.0.0", strength=-0.25)],
+        shift=2.5,
+        prompt_as_is=True,
+        styles=[clip_pb2.StyleRef(name="noir", version="1.0.0", strength=-0.25, fingerprint=NOIR)],
     )
     resolved = check_clip(asked, MODEL, STYLES).clip
     asked.ClearField("image")
@@ -209,8 +212,13 @@ def test_a_style_for_another_model_is_refused() -> None:
 def test_styles_that_fit_a_slot_only_alone_are_refused_together() -> None:
     small = catalogue(max_rank=8)
     assert check_clip(clip(styles=styles(("noir", 1))), MODEL, small).clip.styles
-    with pytest.raises(RequestError, match=r"clip\.styles: together, rank 16 is more than a slot holds \(8;"):
+    with pytest.raises(
+        RequestError,
+        match=r"clip\.styles: together, 'noir' \(rank 8\) and 'amber' \(rank 8\) add up to rank 16, a slot holds 8; "
+        r"wear fewer of them, or raise the server's setting max_rank to 16",
+    ):
         check_clip(clip(styles=styles(("noir", 1), ("amber", 1))), MODEL, small)
+    assert check_clip(clip(styles=styles(("noir", 1), ("amber", 0))), MODEL, small).clip.styles
 
 
 def test_what_was_done_to_the_image_is_noted() -> None:

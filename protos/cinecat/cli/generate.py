@@ -29,9 +29,13 @@ def generate(
     frames: Annotated[int | None, typer.Option("--frames", help="Frames in the clip, 4k + 1.")] = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Denoising steps.")] = None,
     guidance: Annotated[float | None, typer.Option("--guidance", help="Guidance scale; 1 switches it off.")] = None,
+    shift: Annotated[float | None, typer.Option("--shift", help="Shift of the noise schedule.")] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Seed of the noise; drawn when left out.")] = None,
     fps: Annotated[float | None, typer.Option("--fps", help="Frames per second of the mp4.")] = None,
     negative_prompt: Annotated[str, typer.Option("--negative-prompt", help="What must not happen.")] = "",
+    prompt_as_is: Annotated[
+        bool, typer.Option("--prompt-as-is", help="Keep the prompt as it is, whatever templates the styles have.")
+    ] = False,
     fit: Annotated[
         str | None, typer.Option("--fit", metavar="crop|pad|stretch", help="How the image is brought to size.")
     ] = None,
@@ -66,6 +70,8 @@ def generate(
         "frames": frames,
         "steps": steps,
         "guidance": guidance,
+        "shift": shift,
+        "prompt_as_is": prompt_as_is,
         "seed": seed,
         "fps": fps,
         "fit": fit,

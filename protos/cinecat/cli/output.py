@@ -98,6 +98,7 @@ def job_json(job: Job) -> dict[str, object]:
         "total_steps": job.total_steps,
         "queue_position": job.queue_position,
         "eta_seconds": job.eta_seconds,
+        "wait_reason": job.wait_reason,
         "create_time": job.create_time,
         "start_time": job.start_time,
         "end_time": job.end_time,

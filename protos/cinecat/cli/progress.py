@@ -16,7 +16,7 @@ class ProgressDisplay:
 
     def __init__(self, *, quiet: bool) -> None:
         self._quiet = quiet
-        self._state = JobState.UNKNOWN
+        self._shown = (JobState.UNKNOWN, "")
         self._bar: Progress | None = None
         if sys.stderr.isatty():
             columns = (
@@ -42,15 +42,20 @@ class ProgressDisplay:
     def show(self, event: events.Event) -> None:
         if self._bar is not None:
             self._move(self._bar, event)
-        elif event.state != self._state and not self._quiet:
+        elif _stage(event) != self._shown and not self._quiet:
             say(_line(event))
-        self._state = event.state
+        self._shown = _stage(event)
 
     def _move(self, bar: Progress, event: events.Event) -> None:
         if not isinstance(event, events.Progress):
             return
         done, total = _counts(event)
         bar.update(self._task, description=str(event.state), completed=done, total=total or None, detail=_detail(event))
+
+
+def _stage(event: events.Event) -> tuple[JobState, str]:
+    """What is told in a line of its own when it changes."""
+    return event.state, event.wait_reason if isinstance(event, events.Progress) else ""
 
 
 def _counts(event: events.Progress) -> tuple[int, int]:
@@ -67,6 +72,8 @@ def _detail(event: events.Progress) -> str:
     parts = [f"{unit} {done}/{total}"] if total else []
     if event.state is JobState.QUEUED and event.queue_position:
         parts.append(f"{event.queue_position} ahead")
+    if event.wait_reason:
+        parts.append(event.wait_reason)
     if event.eta_seconds is not None:
         minutes, seconds = divmod(round(event.eta_seconds), 60)
         parts.append(f"ETA {minutes}:{seconds:02d}")

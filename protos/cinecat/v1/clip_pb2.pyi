@@ -79,22 +79,28 @@ class StyleRef(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     STRENGTH_FIELD_NUMBER: _builtins.int
+    FINGERPRINT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name as listed by Styles.ListStyles."""
     version: _builtins.str
     """Version to use; empty means the newest one installed."""
     strength: _builtins.float
     """Multiplier on the style's effect, -4 to 4. Unset means the style's own default strength; 0 switches it off."""
+    fingerprint: _builtins.str
+    """SHA-256 of the weights, in hexadecimal. The server sets it when it accepts the job, which then wears these weights
+    and no others. In a request: the style must have these weights; empty means whatever it has.
+    """
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         version: _builtins.str = ...,
         strength: _builtins.float | None = ...,
+        fingerprint: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_strength", b"_strength", "strength", b"strength"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_strength", b"_strength", "name", b"name", "strength", b"strength", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_strength", b"_strength", "fingerprint", b"fingerprint", "name", b"name", "strength", b"strength", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__strength: _TypeAlias = _typing.Literal["strength"]  # noqa: Y015
     _WhichOneofArgType__strength: _TypeAlias = _typing.Literal["_strength", b"_strength"]  # noqa: Y015
@@ -156,8 +162,9 @@ Global___Tokenization: _TypeAlias = Tokenization  # noqa: Y015
 
 @_typing.final
 class ClipSpec(_message.Message):
-    """A clip to make. Every field left unset takes the default that Models.ListModels gives for the model; the job that
-    comes back carries the values that were used.
+    """A clip to make. A field left unset takes the default of the first style named that has one (steps, guidance_scale and
+    shift; a style at strength 0 has none), else the default that Models.ListModels gives for the model. The job that comes
+    back carries the values that were used.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -177,6 +184,8 @@ class ClipSpec(_message.Message):
     SEED_FIELD_NUMBER: _builtins.int
     TOKENIZATION_FIELD_NUMBER: _builtins.int
     ARTIFACT_FORMATS_FIELD_NUMBER: _builtins.int
+    SHIFT_FIELD_NUMBER: _builtins.int
+    PROMPT_AS_IS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Model as listed by Models.ListModels; empty means the server's only or default model."""
     image: _builtins.bytes
@@ -197,9 +206,16 @@ class ClipSpec(_message.Message):
     """Classifier-free guidance scale; 1 or less switches guidance (and the negative prompt) off."""
     seed: _builtins.int
     """Seed of the starting noise, from 0 to 2^63 - 1. Unset means that the server draws one and reports it."""
+    shift: _builtins.float
+    """Shift of the noise schedule: above 1 spends more of the steps where the noise is strong."""
+    prompt_as_is: _builtins.bool
+    """Takes the prompt as it is. Otherwise the first style named that has a prompt template applies it, and a prompt that
+    is empty becomes the trigger words of the first style named that has some. True in a job whose prompt a style has
+    changed, so that the same clip can be asked for again.
+    """
     @_builtins.property
     def styles(self) -> _containers.RepeatedCompositeFieldContainer[Global___StyleRef]:
-        """Styles to wear together. Their order does not matter."""
+        """Styles to wear together. How strongly they act does not depend on their order; whose defaults hold does."""
 
     @_builtins.property
     def tokenization(self) -> Global___Tokenization: ...
@@ -225,10 +241,12 @@ class ClipSpec(_message.Message):
         seed: _builtins.int | None = ...,
         tokenization: Global___Tokenization | None = ...,
         artifact_formats: _abc.Iterable[Global___ArtifactFormat.ValueType] | None = ...,
+        shift: _builtins.float | None = ...,
+        prompt_as_is: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_fps", b"_fps", "_frames", b"_frames", "_guidance_scale", b"_guidance_scale", "_height", b"_height", "_seed", b"_seed", "_steps", b"_steps", "_width", b"_width", "fps", b"fps", "frames", b"frames", "guidance_scale", b"guidance_scale", "height", b"height", "seed", b"seed", "steps", b"steps", "tokenization", b"tokenization", "width", b"width"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_fps", b"_fps", "_frames", b"_frames", "_guidance_scale", b"_guidance_scale", "_height", b"_height", "_seed", b"_seed", "_shift", b"_shift", "_steps", b"_steps", "_width", b"_width", "fps", b"fps", "frames", b"frames", "guidance_scale", b"guidance_scale", "height", b"height", "seed", b"seed", "shift", b"shift", "steps", b"steps", "tokenization", b"tokenization", "width", b"width"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_fps", b"_fps", "_frames", b"_frames", "_guidance_scale", b"_guidance_scale", "_height", b"_height", "_seed", b"_seed", "_steps", b"_steps", "_width", b"_width", "artifact_formats", b"artifact_formats", "fit", b"fit", "fps", b"fps", "frames", b"frames", "guidance_scale", b"guidance_scale", "height", b"height", "image", b"image", "model", b"model", "negative_prompt", b"negative_prompt", "prompt", b"prompt", "seed", b"seed", "steps", b"steps", "styles", b"styles", "tokenization", b"tokenization", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_fps", b"_fps", "_frames", b"_frames", "_guidance_scale", b"_guidance_scale", "_height", b"_height", "_seed", b"_seed", "_shift", b"_shift", "_steps", b"_steps", "_width", b"_width", "artifact_formats", b"artifact_formats", "fit", b"fit", "fps", b"fps", "frames", b"frames", "guidance_scale", b"guidance_scale", "height", b"height", "image", b"image", "model", b"model", "negative_prompt", b"negative_prompt", "prompt", b"prompt", "prompt_as_is", b"prompt_as_is", "seed", b"seed", "shift", b"shift", "steps", b"steps", "styles", b"styles", "tokenization", b"tokenization", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__fps: _TypeAlias = _typing.Literal["fps"]  # noqa: Y015
     _WhichOneofArgType__fps: _TypeAlias = _typing.Literal["_fps", b"_fps"]  # noqa: Y015
@@ -240,6 +258,8 @@ class ClipSpec(_message.Message):
     _WhichOneofArgType__height: _TypeAlias = _typing.Literal["_height", b"_height"]  # noqa: Y015
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
+    _WhichOneofReturnType__shift: _TypeAlias = _typing.Literal["shift"]  # noqa: Y015
+    _WhichOneofArgType__shift: _TypeAlias = _typing.Literal["_shift", b"_shift"]  # noqa: Y015
     _WhichOneofReturnType__steps: _TypeAlias = _typing.Literal["steps"]  # noqa: Y015
     _WhichOneofArgType__steps: _TypeAlias = _typing.Literal["_steps", b"_steps"]  # noqa: Y015
     _WhichOneofReturnType__width: _TypeAlias = _typing.Literal["width"]  # noqa: Y015
@@ -254,6 +274,8 @@ class ClipSpec(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__height) -> _WhichOneofReturnType__height | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__shift) -> _WhichOneofReturnType__shift | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__steps) -> _WhichOneofReturnType__steps | None: ...
     @_typing.overload

@@ -130,6 +130,7 @@ class JobProgress(_message.Message):
     TOTAL_FRAMES_FIELD_NUMBER: _builtins.int
     QUEUE_POSITION_FIELD_NUMBER: _builtins.int
     ETA_FIELD_NUMBER: _builtins.int
+    WAIT_REASON_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     """Denoising steps done and to do."""
     total_steps: _builtins.int
@@ -138,6 +139,10 @@ class JobProgress(_message.Message):
     total_frames: _builtins.int
     queue_position: _builtins.int
     """Jobs ahead of this one; 0 once it runs."""
+    wait_reason: _builtins.str
+    """Why a queued job waits when it is not for the jobs ahead of it, e.g. "no style slot is free: 8 of 8 are worn by
+    running clips". Empty otherwise.
+    """
     @_builtins.property
     def eta(self) -> _duration_pb2.Duration:
         """Expected time until the clip can be downloaded. Unset while the server has nothing to judge by."""
@@ -151,10 +156,11 @@ class JobProgress(_message.Message):
         total_frames: _builtins.int = ...,
         queue_position: _builtins.int = ...,
         eta: _duration_pb2.Duration | None = ...,
+        wait_reason: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["eta", b"eta"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["eta", b"eta", "frames_decoded", b"frames_decoded", "queue_position", b"queue_position", "step", b"step", "total_frames", b"total_frames", "total_steps", b"total_steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["eta", b"eta", "frames_decoded", b"frames_decoded", "queue_position", b"queue_position", "step", b"step", "total_frames", b"total_frames", "total_steps", b"total_steps", "wait_reason", b"wait_reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

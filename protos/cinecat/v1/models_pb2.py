@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from cinecat.v1 import clip_pb2 as cinecat_dot_v1_dot_clip__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x63inecat/v1/models.proto\x12\ncinecat.v1\x1a\x15\x63inecat/v1/clip.proto\"\x13\n\x11ListModelsRequest\"7\n\x12ListModelsResponse\x12!\n\x06models\x18\x01 \x03(\x0b\x32\x11.cinecat.v1.Model\"\xab\x02\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x05 \x01(\t\x12\x12\n\nparameters\x18\x06 \x01(\x03\x12\x15\n\rweights_bytes\x18\x07 \x01(\x03\x12\'\n\x06limits\x18\x08 \x01(\x0b\x32\x17.cinecat.v1.ModelLimits\x12&\n\x08\x64\x65\x66\x61ults\x18\t \x01(\x0b\x32\x14.cinecat.v1.ClipSpec\x12\x34\n\rtokenizations\x18\n \x03(\x0e\x32\x1d.cinecat.v1.Tokenization.Mode\x12#\n\x07\x62uckets\x18\x0b \x03(\x0b\x32\x12.cinecat.v1.Bucket\"\x85\x02\n\x0bModelLimits\x12\x15\n\rsize_multiple\x18\x01 \x01(\x05\x12\x10\n\x08min_size\x18\x02 \x01(\x05\x12\x10\n\x08max_size\x18\x03 \x01(\x05\x12\x12\n\nmax_frames\x18\x04 \x01(\x05\x12\x12\n\nmax_tokens\x18\x05 \x01(\x05\x12\x11\n\tmax_steps\x18\x06 \x01(\x05\x12\x1a\n\x12max_guidance_scale\x18\x07 \x01(\x01\x12\x1d\n\x15max_prompt_characters\x18\x08 \x01(\x05\x12\x12\n\nmax_styles\x18\t \x01(\x05\x12\x17\n\x0fmax_image_bytes\x18\n \x01(\x03\x12\x18\n\x10max_image_pixels\x18\x0b \x01(\x03\"&\n\x06\x42ucket\x12\x0c\n\x04rows\x18\x01 \x01(\x05\x12\x0e\n\x06tokens\x18\x02 \x01(\x05\x32U\n\x06Models\x12K\n\nListModels\x12\x1d.cinecat.v1.ListModelsRequest\x1a\x1e.cinecat.v1.ListModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x63inecat/v1/models.proto\x12\ncinecat.v1\x1a\x15\x63inecat/v1/clip.proto\"\x13\n\x11ListModelsRequest\"7\n\x12ListModelsResponse\x12!\n\x06models\x18\x01 \x03(\x0b\x32\x11.cinecat.v1.Model\"\xd1\x02\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x05 \x01(\t\x12\x12\n\nparameters\x18\x06 \x01(\x03\x12\x15\n\rweights_bytes\x18\x07 \x01(\x03\x12\'\n\x06limits\x18\x08 \x01(\x0b\x32\x17.cinecat.v1.ModelLimits\x12&\n\x08\x64\x65\x66\x61ults\x18\t \x01(\x0b\x32\x14.cinecat.v1.ClipSpec\x12\x34\n\rtokenizations\x18\n \x03(\x0e\x32\x1d.cinecat.v1.Tokenization.Mode\x12#\n\x07\x62uckets\x18\x0b \x03(\x0b\x32\x12.cinecat.v1.Bucket\x12\x0f\n\x07variant\x18\x0c \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\r \x01(\t\"\x85\x02\n\x0bModelLimits\x12\x15\n\rsize_multiple\x18\x01 \x01(\x05\x12\x10\n\x08min_size\x18\x02 \x01(\x05\x12\x10\n\x08max_size\x18\x03 \x01(\x05\x12\x12\n\nmax_frames\x18\x04 \x01(\x05\x12\x12\n\nmax_tokens\x18\x05 \x01(\x05\x12\x11\n\tmax_steps\x18\x06 \x01(\x05\x12\x1a\n\x12max_guidance_scale\x18\x07 \x01(\x01\x12\x1d\n\x15max_prompt_characters\x18\x08 \x01(\x05\x12\x12\n\nmax_styles\x18\t \x01(\x05\x12\x17\n\x0fmax_image_bytes\x18\n \x01(\x03\x12\x18\n\x10max_image_pixels\x18\x0b \x01(\x03\"&\n\x06\x42ucket\x12\x0c\n\x04rows\x18\x01 \x01(\x05\x12\x0e\n\x06tokens\x18\x02 \x01(\x05\x32U\n\x06Models\x12K\n\nListModels\x12\x1d.cinecat.v1.ListModelsRequest\x1a\x1e.cinecat.v1.ListModelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,11 +37,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTMODELSRESPONSE']._serialized_start=83
   _globals['_LISTMODELSRESPONSE']._serialized_end=138
   _globals['_MODEL']._serialized_start=141
-  _globals['_MODEL']._serialized_end=440
-  _globals['_MODELLIMITS']._serialized_start=443
-  _globals['_MODELLIMITS']._serialized_end=704
-  _globals['_BUCKET']._serialized_start=706
-  _globals['_BUCKET']._serialized_end=744
-  _globals['_MODELS']._serialized_start=746
-  _globals['_MODELS']._serialized_end=831
+  _globals['_MODEL']._serialized_end=478
+  _globals['_MODELLIMITS']._serialized_start=481
+  _globals['_MODELLIMITS']._serialized_end=742
+  _globals['_BUCKET']._serialized_start=744
+  _globals['_BUCKET']._serialized_end=782
+  _globals['_MODELS']._serialized_start=784
+  _globals['_MODELS']._serialized_end=869
 # @@protoc_insertion_point(module_scope)

@@ -69,7 +69,10 @@ class Model(_message.Message):
     DEFAULTS_FIELD_NUMBER: _builtins.int
     TOKENIZATIONS_FIELD_NUMBER: _builtins.int
     BUCKETS_FIELD_NUMBER: _builtins.int
+    VARIANT_FIELD_NUMBER: _builtins.int
+    FINGERPRINT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
+    """What requests call it: the checkpoint's name, and with a variant "NAME+VARIANT"."""
     family: _builtins.str
     """Family that styles refer to, e.g. "wan2.1-i2v-14b"."""
     device: _builtins.str
@@ -79,6 +82,10 @@ class Model(_message.Message):
     """The backend that runs the denoiser, e.g. "torch"."""
     parameters: _builtins.int
     weights_bytes: _builtins.int
+    variant: _builtins.str
+    """Name of the file whose changes are fused into the weights, such as a step-distill LoRA. Empty for none."""
+    fingerprint: _builtins.str
+    """Changes with the weights and with what is fused into them."""
     @_builtins.property
     def limits(self) -> Global___ModelLimits: ...
     @_builtins.property
@@ -105,10 +112,12 @@ class Model(_message.Message):
         defaults: _clip_pb2.ClipSpec | None = ...,
         tokenizations: _abc.Iterable[_clip_pb2.Tokenization.Mode.ValueType] | None = ...,
         buckets: _abc.Iterable[Global___Bucket] | None = ...,
+        variant: _builtins.str = ...,
+        fingerprint: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["defaults", b"defaults", "limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["buckets", b"buckets", "defaults", b"defaults", "device", b"device", "dtype", b"dtype", "engine", b"engine", "family", b"family", "limits", b"limits", "name", b"name", "parameters", b"parameters", "tokenizations", b"tokenizations", "weights_bytes", b"weights_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["buckets", b"buckets", "defaults", b"defaults", "device", b"device", "dtype", b"dtype", "engine", b"engine", "family", b"family", "fingerprint", b"fingerprint", "limits", b"limits", "name", b"name", "parameters", b"parameters", "tokenizations", b"tokenizations", "variant", b"variant", "weights_bytes", b"weights_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -6,7 +6,9 @@ The styles that a server offers. A style is a LoRA plugin."""
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -17,6 +19,35 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _StyleOrigin:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _StyleOriginEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_StyleOrigin.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    STYLE_ORIGIN_UNSPECIFIED: _StyleOrigin.ValueType  # 0
+    STYLE_ORIGIN_BUNDLED: _StyleOrigin.ValueType  # 1
+    """Comes with Cinecat."""
+    STYLE_ORIGIN_FOLDER: _StyleOrigin.ValueType  # 2
+    """Lies in a folder of the server's operator."""
+    STYLE_ORIGIN_INSTALLED: _StyleOrigin.ValueType  # 3
+    """Was uploaded with InstallStyle."""
+    STYLE_ORIGIN_PACKAGE: _StyleOrigin.ValueType  # 4
+    """Comes with a Python package."""
+
+class StyleOrigin(_StyleOrigin, metaclass=_StyleOriginEnumTypeWrapper): ...
+
+STYLE_ORIGIN_UNSPECIFIED: StyleOrigin.ValueType  # 0
+STYLE_ORIGIN_BUNDLED: StyleOrigin.ValueType  # 1
+"""Comes with Cinecat."""
+STYLE_ORIGIN_FOLDER: StyleOrigin.ValueType  # 2
+"""Lies in a folder of the server's operator."""
+STYLE_ORIGIN_INSTALLED: StyleOrigin.ValueType  # 3
+"""Was uploaded with InstallStyle."""
+STYLE_ORIGIN_PACKAGE: StyleOrigin.ValueType  # 4
+"""Comes with a Python package."""
+Global___StyleOrigin: _TypeAlias = StyleOrigin  # noqa: Y015
 
 @_typing.final
 class Style(_message.Message):
@@ -34,6 +65,21 @@ class Style(_message.Message):
     AUTHOR_FIELD_NUMBER: _builtins.int
     COMPATIBLE_FIELD_NUMBER: _builtins.int
     INCOMPATIBILITY_FIELD_NUMBER: _builtins.int
+    PROMPT_TEMPLATE_FIELD_NUMBER: _builtins.int
+    SAMPLER_FIELD_NUMBER: _builtins.int
+    BASE_DIMS_FIELD_NUMBER: _builtins.int
+    PREVIEW_FIELD_NUMBER: _builtins.int
+    FINGERPRINT_FIELD_NUMBER: _builtins.int
+    WEIGHTS_SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    FORMAT_FIELD_NUMBER: _builtins.int
+    IGNORED_KEYS_FIELD_NUMBER: _builtins.int
+    IGNORED_KEY_COUNT_FIELD_NUMBER: _builtins.int
+    ORIGIN_FIELD_NUMBER: _builtins.int
+    PROVIDER_FIELD_NUMBER: _builtins.int
+    RESIDENCY_FIELD_NUMBER: _builtins.int
+    USES_FIELD_NUMBER: _builtins.int
+    LAST_USE_TIME_FIELD_NUMBER: _builtins.int
+    JOBS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     version: _builtins.str
     title: _builtins.str
@@ -51,10 +97,44 @@ class Style(_message.Message):
     compatible: _builtins.bool
     """Whether the server's model can wear it, and if not, why."""
     incompatibility: _builtins.str
+    prompt_template: _builtins.str
+    """What becomes of a request's prompt, with "{prompt}" in its place; empty leaves it as it is."""
+    fingerprint: _builtins.str
+    """SHA-256 of the weights, in hexadecimal."""
+    weights_size_bytes: _builtins.int
+    format: _builtins.str
+    """Layout of the weights file, e.g. "diffusers"."""
+    ignored_key_count: _builtins.int
+    """All of them."""
+    origin: Global___StyleOrigin.ValueType
+    provider: _builtins.str
+    """The folder it lies in, or the Python package it came with."""
+    uses: _builtins.int
+    """Jobs begun with it since the server started, and when the last of them began."""
+    jobs: _builtins.int
+    """Accepted jobs that wear it and have not ended."""
     @_builtins.property
     def trigger_words(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Words that bring the style out; the client may add them to the prompt."""
+        """Words that bring the style out. They become the prompt of a request that has none."""
 
+    @_builtins.property
+    def sampler(self) -> Global___SamplerDefaults: ...
+    @_builtins.property
+    def base_dims(self) -> Global___BaseDims: ...
+    @_builtins.property
+    def preview(self) -> Global___StylePreview:
+        """Unset when the style has none."""
+
+    @_builtins.property
+    def ignored_keys(self) -> _containers.RepeatedCompositeFieldContainer[Global___IgnoredKey]:
+        """Tensors of the file that do nothing here: the first 100 of them, none in ListStyles."""
+
+    @_builtins.property
+    def residency(self) -> Global___Residency:
+        """Unset when the style is in no slot. As of the last time that a slot changed."""
+
+    @_builtins.property
+    def last_use_time(self) -> _timestamp_pb2.Timestamp: ...
     def __init__(
         self,
         *,
@@ -70,14 +150,187 @@ class Style(_message.Message):
         author: _builtins.str = ...,
         compatible: _builtins.bool = ...,
         incompatibility: _builtins.str = ...,
+        prompt_template: _builtins.str = ...,
+        sampler: Global___SamplerDefaults | None = ...,
+        base_dims: Global___BaseDims | None = ...,
+        preview: Global___StylePreview | None = ...,
+        fingerprint: _builtins.str = ...,
+        weights_size_bytes: _builtins.int = ...,
+        format: _builtins.str = ...,
+        ignored_keys: _abc.Iterable[Global___IgnoredKey] | None = ...,
+        ignored_key_count: _builtins.int = ...,
+        origin: Global___StyleOrigin.ValueType = ...,
+        provider: _builtins.str = ...,
+        residency: Global___Residency | None = ...,
+        uses: _builtins.int = ...,
+        last_use_time: _timestamp_pb2.Timestamp | None = ...,
+        jobs: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["base_dims", b"base_dims", "last_use_time", b"last_use_time", "preview", b"preview", "residency", b"residency", "sampler", b"sampler"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["author", b"author", "base_model", b"base_model", "compatible", b"compatible", "default_strength", b"default_strength", "description", b"description", "incompatibility", b"incompatibility", "license", b"license", "name", b"name", "rank", b"rank", "title", b"title", "trigger_words", b"trigger_words", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["author", b"author", "base_dims", b"base_dims", "base_model", b"base_model", "compatible", b"compatible", "default_strength", b"default_strength", "description", b"description", "fingerprint", b"fingerprint", "format", b"format", "ignored_key_count", b"ignored_key_count", "ignored_keys", b"ignored_keys", "incompatibility", b"incompatibility", "jobs", b"jobs", "last_use_time", b"last_use_time", "license", b"license", "name", b"name", "origin", b"origin", "preview", b"preview", "prompt_template", b"prompt_template", "provider", b"provider", "rank", b"rank", "residency", b"residency", "sampler", b"sampler", "title", b"title", "trigger_words", b"trigger_words", "uses", b"uses", "version", b"version", "weights_size_bytes", b"weights_size_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Style: _TypeAlias = Style  # noqa: Y015
+
+@_typing.final
+class IgnoredKey(_message.Message):
+    """A tensor that is left out, and why."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    key: _builtins.str
+    reason: _builtins.str
+    def __init__(
+        self,
+        *,
+        key: _builtins.str = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___IgnoredKey: _TypeAlias = IgnoredKey  # noqa: Y015
+
+@_typing.final
+class SamplerDefaults(_message.Message):
+    """How a style is sampled where the request does not say."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEPS_FIELD_NUMBER: _builtins.int
+    GUIDANCE_SCALE_FIELD_NUMBER: _builtins.int
+    SHIFT_FIELD_NUMBER: _builtins.int
+    steps: _builtins.int
+    guidance_scale: _builtins.float
+    shift: _builtins.float
+    def __init__(
+        self,
+        *,
+        steps: _builtins.int | None = ...,
+        guidance_scale: _builtins.float | None = ...,
+        shift: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_shift", b"_shift", "_steps", b"_steps", "guidance_scale", b"guidance_scale", "shift", b"shift", "steps", b"steps"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_shift", b"_shift", "_steps", b"_steps", "guidance_scale", b"guidance_scale", "shift", b"shift", "steps", b"steps"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__guidance_scale: _TypeAlias = _typing.Literal["guidance_scale"]  # noqa: Y015
+    _WhichOneofArgType__guidance_scale: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale"]  # noqa: Y015
+    _WhichOneofReturnType__shift: _TypeAlias = _typing.Literal["shift"]  # noqa: Y015
+    _WhichOneofArgType__shift: _TypeAlias = _typing.Literal["_shift", b"_shift"]  # noqa: Y015
+    _WhichOneofReturnType__steps: _TypeAlias = _typing.Literal["steps"]  # noqa: Y015
+    _WhichOneofArgType__steps: _TypeAlias = _typing.Literal["_steps", b"_steps"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__guidance_scale) -> _WhichOneofReturnType__guidance_scale | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__shift) -> _WhichOneofReturnType__shift | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__steps) -> _WhichOneofReturnType__steps | None: ...
+
+Global___SamplerDefaults: _TypeAlias = SamplerDefaults  # noqa: Y015
+
+@_typing.final
+class BaseDims(_message.Message):
+    """Sizes of the transformer that a style was made for."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIM_FIELD_NUMBER: _builtins.int
+    FFN_DIM_FIELD_NUMBER: _builtins.int
+    LAYERS_FIELD_NUMBER: _builtins.int
+    dim: _builtins.int
+    ffn_dim: _builtins.int
+    layers: _builtins.int
+    def __init__(
+        self,
+        *,
+        dim: _builtins.int | None = ...,
+        ffn_dim: _builtins.int | None = ...,
+        layers: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_dim", b"_dim", "_ffn_dim", b"_ffn_dim", "_layers", b"_layers", "dim", b"dim", "ffn_dim", b"ffn_dim", "layers", b"layers"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_dim", b"_dim", "_ffn_dim", b"_ffn_dim", "_layers", b"_layers", "dim", b"dim", "ffn_dim", b"ffn_dim", "layers", b"layers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__dim: _TypeAlias = _typing.Literal["dim"]  # noqa: Y015
+    _WhichOneofArgType__dim: _TypeAlias = _typing.Literal["_dim", b"_dim"]  # noqa: Y015
+    _WhichOneofReturnType__ffn_dim: _TypeAlias = _typing.Literal["ffn_dim"]  # noqa: Y015
+    _WhichOneofArgType__ffn_dim: _TypeAlias = _typing.Literal["_ffn_dim", b"_ffn_dim"]  # noqa: Y015
+    _WhichOneofReturnType__layers: _TypeAlias = _typing.Literal["layers"]  # noqa: Y015
+    _WhichOneofArgType__layers: _TypeAlias = _typing.Literal["_layers", b"_layers"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__dim) -> _WhichOneofReturnType__dim | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ffn_dim) -> _WhichOneofReturnType__ffn_dim | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__layers) -> _WhichOneofReturnType__layers | None: ...
+
+Global___BaseDims: _TypeAlias = BaseDims  # noqa: Y015
+
+@_typing.final
+class StylePreview(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FILE_NAME_FIELD_NUMBER: _builtins.int
+    MIME_TYPE_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    file_name: _builtins.str
+    """As in style.toml."""
+    mime_type: _builtins.str
+    size_bytes: _builtins.int
+    data: _builtins.bytes
+    """Only where it was asked for."""
+    def __init__(
+        self,
+        *,
+        file_name: _builtins.str = ...,
+        mime_type: _builtins.str = ...,
+        size_bytes: _builtins.int = ...,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "file_name", b"file_name", "mime_type", b"mime_type", "size_bytes", b"size_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StylePreview: _TypeAlias = StylePreview  # noqa: Y015
+
+@_typing.final
+class Residency(_message.Message):
+    """Where a style is on the device."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SLOTS_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    size_bytes: _builtins.int
+    """Memory of these slots."""
+    @_builtins.property
+    def slots(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Slots that hold it, alone or stacked with others."""
+
+    def __init__(
+        self,
+        *,
+        slots: _abc.Iterable[_builtins.int] | None = ...,
+        size_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["size_bytes", b"size_bytes", "slots", b"slots"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Residency: _TypeAlias = Residency  # noqa: Y015
 
 @_typing.final
 class ListStylesRequest(_message.Message):
@@ -116,7 +369,7 @@ class ListStylesResponse(_message.Message):
     def styles(self) -> _containers.RepeatedCompositeFieldContainer[Global___Style]: ...
     @_builtins.property
     def problems(self) -> _containers.RepeatedCompositeFieldContainer[Global___StyleProblem]:
-        """Folders that look like styles but cannot be offered, each with the reason."""
+        """Folders and packages that look like styles but cannot be offered, each with the reason."""
 
     def __init__(
         self,
@@ -140,6 +393,7 @@ class StyleProblem(_message.Message):
     FOLDER_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     folder: _builtins.str
+    """The folder, or the entry point of the package."""
     reason: _builtins.str
     def __init__(
         self,
@@ -161,6 +415,242 @@ class GetStyleRequest(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
+    WITH_PREVIEW_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    version: _builtins.str
+    """Empty means the newest version."""
+    with_preview: _builtins.bool
+    """Sends the bytes of the preview, at most 2 MiB."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        version: _builtins.str = ...,
+        with_preview: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "version", b"version", "with_preview", b"with_preview"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetStyleRequest: _TypeAlias = GetStyleRequest  # noqa: Y015
+
+@_typing.final
+class InstallStyleRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    UPLOAD_FIELD_NUMBER: _builtins.int
+    WEIGHTS_FIELD_NUMBER: _builtins.int
+    PREVIEW_FIELD_NUMBER: _builtins.int
+    weights: _builtins.bytes
+    """The next bytes of the safetensors file."""
+    preview: _builtins.bytes
+    """The next bytes of the preview."""
+    @_builtins.property
+    def upload(self) -> Global___StyleUpload:
+        """The first message, and only that."""
+
+    def __init__(
+        self,
+        *,
+        upload: Global___StyleUpload | None = ...,
+        weights: _builtins.bytes = ...,
+        preview: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["part", b"part", "preview", b"preview", "upload", b"upload", "weights", b"weights"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["part", b"part", "preview", b"preview", "upload", b"upload", "weights", b"weights"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["upload", "weights", "preview"]  # noqa: Y015
+    _WhichOneofArgType_part: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_part) -> _WhichOneofReturnType_part | None: ...
+
+Global___InstallStyleRequest: _TypeAlias = InstallStyleRequest  # noqa: Y015
+
+@_typing.final
+class StyleUpload(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOML_FIELD_NUMBER: _builtins.int
+    FIELDS_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    SHA256_FIELD_NUMBER: _builtins.int
+    toml: _builtins.str
+    """The text of a style.toml."""
+    size_bytes: _builtins.int
+    """Of the safetensors file; 0 when it is not known."""
+    sha256: _builtins.str
+    """SHA-256 of the safetensors file, in hexadecimal; empty leaves it unchecked."""
+    @_builtins.property
+    def fields(self) -> Global___StyleManifest:
+        """Its keys."""
+
+    def __init__(
+        self,
+        *,
+        toml: _builtins.str = ...,
+        fields: Global___StyleManifest | None = ...,
+        size_bytes: _builtins.int = ...,
+        sha256: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["fields", b"fields", "manifest", b"manifest", "toml", b"toml"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fields", b"fields", "manifest", b"manifest", "sha256", b"sha256", "size_bytes", b"size_bytes", "toml", b"toml"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_manifest: _TypeAlias = _typing.Literal["toml", "fields"]  # noqa: Y015
+    _WhichOneofArgType_manifest: _TypeAlias = _typing.Literal["manifest", b"manifest"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_manifest) -> _WhichOneofReturnType_manifest | None: ...
+
+Global___StyleUpload: _TypeAlias = StyleUpload  # noqa: Y015
+
+@_typing.final
+class StyleManifest(_message.Message):
+    """The keys of a style.toml."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    TITLE_FIELD_NUMBER: _builtins.int
+    DESCRIPTION_FIELD_NUMBER: _builtins.int
+    BASE_MODEL_FIELD_NUMBER: _builtins.int
+    BASE_DIMS_FIELD_NUMBER: _builtins.int
+    TRIGGER_WORDS_FIELD_NUMBER: _builtins.int
+    PROMPT_TEMPLATE_FIELD_NUMBER: _builtins.int
+    DEFAULT_STRENGTH_FIELD_NUMBER: _builtins.int
+    LICENSE_FIELD_NUMBER: _builtins.int
+    AUTHOR_FIELD_NUMBER: _builtins.int
+    PREVIEW_FIELD_NUMBER: _builtins.int
+    SAMPLER_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    version: _builtins.str
+    """Empty means 1.0.0, or one patch level above the newest version there is."""
+    title: _builtins.str
+    """Empty means the name."""
+    description: _builtins.str
+    base_model: _builtins.str
+    """Empty means the family of the server's model."""
+    prompt_template: _builtins.str
+    default_strength: _builtins.float
+    license: _builtins.str
+    author: _builtins.str
+    preview: _builtins.str
+    """File name of the preview, whose bytes follow; empty for none."""
+    @_builtins.property
+    def base_dims(self) -> Global___BaseDims: ...
+    @_builtins.property
+    def trigger_words(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def sampler(self) -> Global___SamplerDefaults: ...
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        version: _builtins.str = ...,
+        title: _builtins.str = ...,
+        description: _builtins.str = ...,
+        base_model: _builtins.str = ...,
+        base_dims: Global___BaseDims | None = ...,
+        trigger_words: _abc.Iterable[_builtins.str] | None = ...,
+        prompt_template: _builtins.str = ...,
+        default_strength: _builtins.float | None = ...,
+        license: _builtins.str = ...,
+        author: _builtins.str = ...,
+        preview: _builtins.str = ...,
+        sampler: Global___SamplerDefaults | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_default_strength", b"_default_strength", "base_dims", b"base_dims", "default_strength", b"default_strength", "sampler", b"sampler"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_default_strength", b"_default_strength", "author", b"author", "base_dims", b"base_dims", "base_model", b"base_model", "default_strength", b"default_strength", "description", b"description", "license", b"license", "name", b"name", "preview", b"preview", "prompt_template", b"prompt_template", "sampler", b"sampler", "title", b"title", "trigger_words", b"trigger_words", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__default_strength: _TypeAlias = _typing.Literal["default_strength"]  # noqa: Y015
+    _WhichOneofArgType__default_strength: _TypeAlias = _typing.Literal["_default_strength", b"_default_strength"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__default_strength) -> _WhichOneofReturnType__default_strength | None: ...
+
+Global___StyleManifest: _TypeAlias = StyleManifest  # noqa: Y015
+
+@_typing.final
+class InstallStyleResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STYLE_FIELD_NUMBER: _builtins.int
+    UNCHANGED_FIELD_NUMBER: _builtins.int
+    NOTES_FIELD_NUMBER: _builtins.int
+    unchanged: _builtins.bool
+    """The same content was there already; nothing was changed."""
+    @_builtins.property
+    def style(self) -> Global___Style: ...
+    @_builtins.property
+    def notes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What whoever installs it should know."""
+
+    def __init__(
+        self,
+        *,
+        style: Global___Style | None = ...,
+        unchanged: _builtins.bool = ...,
+        notes: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["style", b"style"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["notes", b"notes", "style", b"style", "unchanged", b"unchanged"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___InstallStyleResponse: _TypeAlias = InstallStyleResponse  # noqa: Y015
+
+@_typing.final
+class RemoveStyleRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    version: _builtins.str
+    """May be empty where there is only one."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        version: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RemoveStyleRequest: _TypeAlias = RemoveStyleRequest  # noqa: Y015
+
+@_typing.final
+class RemoveStyleResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STYLE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def style(self) -> Global___Style:
+        """As it was. `jobs` of them finish with it."""
+
+    def __init__(
+        self,
+        *,
+        style: Global___Style | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["style", b"style"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["style", b"style"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RemoveStyleResponse: _TypeAlias = RemoveStyleResponse  # noqa: Y015
+
+@_typing.final
+class WarmStyleRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     version: _builtins.str
     """Empty means the newest version."""
@@ -176,4 +666,4 @@ class GetStyleRequest(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___GetStyleRequest: _TypeAlias = GetStyleRequest  # noqa: Y015
+Global___WarmStyleRequest: _TypeAlias = WarmStyleRequest  # noqa: Y015

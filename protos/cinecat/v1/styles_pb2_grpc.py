@@ -44,6 +44,21 @@ class StylesStub:
                 request_serializer=cinecat_dot_v1_dot_styles__pb2.GetStyleRequest.SerializeToString,
                 response_deserializer=cinecat_dot_v1_dot_styles__pb2.Style.FromString,
                 _registered_method=True)
+        self.InstallStyle = channel.stream_unary(
+                '/cinecat.v1.Styles/InstallStyle',
+                request_serializer=cinecat_dot_v1_dot_styles__pb2.InstallStyleRequest.SerializeToString,
+                response_deserializer=cinecat_dot_v1_dot_styles__pb2.InstallStyleResponse.FromString,
+                _registered_method=True)
+        self.RemoveStyle = channel.unary_unary(
+                '/cinecat.v1.Styles/RemoveStyle',
+                request_serializer=cinecat_dot_v1_dot_styles__pb2.RemoveStyleRequest.SerializeToString,
+                response_deserializer=cinecat_dot_v1_dot_styles__pb2.RemoveStyleResponse.FromString,
+                _registered_method=True)
+        self.WarmStyle = channel.unary_unary(
+                '/cinecat.v1.Styles/WarmStyle',
+                request_serializer=cinecat_dot_v1_dot_styles__pb2.WarmStyleRequest.SerializeToString,
+                response_deserializer=cinecat_dot_v1_dot_styles__pb2.Style.FromString,
+                _registered_method=True)
 
 
 class StylesServicer:
@@ -62,6 +77,29 @@ class StylesServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def InstallStyle(self, request_iterator, context):
+        """Uploads a style: first what it is, then its files in chunks. It appears whole or not at all. A version that exists
+        never changes: with the same content the answer says so, with other content it is ALREADY_EXISTS. While another
+        upload of the same name runs, it is ABORTED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RemoveStyle(self, request, context):
+        """Takes an installed style away. Jobs that were accepted with it finish with it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WarmStyle(self, request, context):
+        """Loads a style into a slot, so that the first job that wears it need not wait for its file.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_StylesServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -73,6 +111,21 @@ def add_StylesServicer_to_server(servicer, server):
             'GetStyle': grpc.unary_unary_rpc_method_handler(
                     servicer.GetStyle,
                     request_deserializer=cinecat_dot_v1_dot_styles__pb2.GetStyleRequest.FromString,
+                    response_serializer=cinecat_dot_v1_dot_styles__pb2.Style.SerializeToString,
+            ),
+            'InstallStyle': grpc.stream_unary_rpc_method_handler(
+                    servicer.InstallStyle,
+                    request_deserializer=cinecat_dot_v1_dot_styles__pb2.InstallStyleRequest.FromString,
+                    response_serializer=cinecat_dot_v1_dot_styles__pb2.InstallStyleResponse.SerializeToString,
+            ),
+            'RemoveStyle': grpc.unary_unary_rpc_method_handler(
+                    servicer.RemoveStyle,
+                    request_deserializer=cinecat_dot_v1_dot_styles__pb2.RemoveStyleRequest.FromString,
+                    response_serializer=cinecat_dot_v1_dot_styles__pb2.RemoveStyleResponse.SerializeToString,
+            ),
+            'WarmStyle': grpc.unary_unary_rpc_method_handler(
+                    servicer.WarmStyle,
+                    request_deserializer=cinecat_dot_v1_dot_styles__pb2.WarmStyleRequest.FromString,
                     response_serializer=cinecat_dot_v1_dot_styles__pb2.Style.SerializeToString,
             ),
     }
@@ -129,6 +182,87 @@ class Styles:
             target,
             '/cinecat.v1.Styles/GetStyle',
             cinecat_dot_v1_dot_styles__pb2.GetStyleRequest.SerializeToString,
+            cinecat_dot_v1_dot_styles__pb2.Style.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def InstallStyle(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/cinecat.v1.Styles/InstallStyle',
+            cinecat_dot_v1_dot_styles__pb2.InstallStyleRequest.SerializeToString,
+            cinecat_dot_v1_dot_styles__pb2.InstallStyleResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RemoveStyle(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cinecat.v1.Styles/RemoveStyle',
+            cinecat_dot_v1_dot_styles__pb2.RemoveStyleRequest.SerializeToString,
+            cinecat_dot_v1_dot_styles__pb2.RemoveStyleResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WarmStyle(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cinecat.v1.Styles/WarmStyle',
+            cinecat_dot_v1_dot_styles__pb2.WarmStyleRequest.SerializeToString,
             cinecat_dot_v1_dot_styles__pb2.Style.FromString,
             options,
             channel_credentials,

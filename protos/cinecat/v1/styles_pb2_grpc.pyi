@@ -34,6 +34,15 @@ class StylesStub:
     ListStyles: _grpc.UnaryUnaryMultiCallable[_styles_pb2.ListStylesRequest, _styles_pb2.ListStylesResponse]
     """By name, then newest version first."""
     GetStyle: _grpc.UnaryUnaryMultiCallable[_styles_pb2.GetStyleRequest, _styles_pb2.Style]
+    InstallStyle: _grpc.StreamUnaryMultiCallable[_styles_pb2.InstallStyleRequest, _styles_pb2.InstallStyleResponse]
+    """Uploads a style: first what it is, then its files in chunks. It appears whole or not at all. A version that exists
+    never changes: with the same content the answer says so, with other content it is ALREADY_EXISTS. While another
+    upload of the same name runs, it is ABORTED.
+    """
+    RemoveStyle: _grpc.UnaryUnaryMultiCallable[_styles_pb2.RemoveStyleRequest, _styles_pb2.RemoveStyleResponse]
+    """Takes an installed style away. Jobs that were accepted with it finish with it."""
+    WarmStyle: _grpc.UnaryUnaryMultiCallable[_styles_pb2.WarmStyleRequest, _styles_pb2.Style]
+    """Loads a style into a slot, so that the first job that wears it need not wait for its file."""
 
 @_typing.type_check_only
 class StylesAsyncStub(StylesStub):
@@ -41,6 +50,15 @@ class StylesAsyncStub(StylesStub):
     ListStyles: _aio.UnaryUnaryMultiCallable[_styles_pb2.ListStylesRequest, _styles_pb2.ListStylesResponse]  # type: ignore[assignment]
     """By name, then newest version first."""
     GetStyle: _aio.UnaryUnaryMultiCallable[_styles_pb2.GetStyleRequest, _styles_pb2.Style]  # type: ignore[assignment]
+    InstallStyle: _aio.StreamUnaryMultiCallable[_styles_pb2.InstallStyleRequest, _styles_pb2.InstallStyleResponse]  # type: ignore[assignment]
+    """Uploads a style: first what it is, then its files in chunks. It appears whole or not at all. A version that exists
+    never changes: with the same content the answer says so, with other content it is ALREADY_EXISTS. While another
+    upload of the same name runs, it is ABORTED.
+    """
+    RemoveStyle: _aio.UnaryUnaryMultiCallable[_styles_pb2.RemoveStyleRequest, _styles_pb2.RemoveStyleResponse]  # type: ignore[assignment]
+    """Takes an installed style away. Jobs that were accepted with it finish with it."""
+    WarmStyle: _aio.UnaryUnaryMultiCallable[_styles_pb2.WarmStyleRequest, _styles_pb2.Style]  # type: ignore[assignment]
+    """Loads a style into a slot, so that the first job that wears it need not wait for its file."""
 
 class StylesServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -57,5 +75,32 @@ class StylesServicer(metaclass=_abc_1.ABCMeta):
         request: _styles_pb2.GetStyleRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_styles_pb2.Style, _abc.Awaitable[_styles_pb2.Style]]: ...
+
+    @_abc_1.abstractmethod
+    def InstallStyle(
+        self,
+        request_iterator: _MaybeAsyncIterator[_styles_pb2.InstallStyleRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_styles_pb2.InstallStyleResponse, _abc.Awaitable[_styles_pb2.InstallStyleResponse]]:
+        """Uploads a style: first what it is, then its files in chunks. It appears whole or not at all. A version that exists
+        never changes: with the same content the answer says so, with other content it is ALREADY_EXISTS. While another
+        upload of the same name runs, it is ABORTED.
+        """
+
+    @_abc_1.abstractmethod
+    def RemoveStyle(
+        self,
+        request: _styles_pb2.RemoveStyleRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_styles_pb2.RemoveStyleResponse, _abc.Awaitable[_styles_pb2.RemoveStyleResponse]]:
+        """Takes an installed style away. Jobs that were accepted with it finish with it."""
+
+    @_abc_1.abstractmethod
+    def WarmStyle(
+        self,
+        request: _styles_pb2.WarmStyleRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_styles_pb2.Style, _abc.Awaitable[_styles_pb2.Style]]:
+        """Loads a style into a slot, so that the first job that wears it need not wait for its file."""
 
 def add_StylesServicer_to_server(servicer: StylesServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -1,0 +1,64 @@
+"""How much memory a device has left."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from cinecat.engines.errors import ModelError
+from cinecat.engines.messages import SlotMemory
+
+_MEMINFO = Path("/proc/meminfo")
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """What can still be taken on a device: what its driver has free and torch holds unused, or, for the CPU, what the
+    kernel can free without swapping, within the limit of a container. None where that cannot be told.
+    """
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    known = [size for size in (_host_bytes(), _container_bytes()) if size is not None]
+    return min(known, default=None)
+
+
+def check_slots_fit(memory: SlotMemory) -> None:
+    """Raises ModelError, naming the settings, when the style slots would take more than there is."""
+    available = memory.available_bytes
+    if available is None or memory.size_bytes <= available:
+        return
+    raise ModelError(
+        f"style_slots, max_rank: {memory.style_slots} slots of rank {memory.max_rank} take "
+        f"{_gib(memory.size_bytes)} of memory, {memory.device} has {_gib(available)} left; lower one of them"
+    )
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"
+
+
+def _host_bytes() -> int | None:
+    try:
+        # Free pages alone leave out the page cache, which is full of the model's files by now.
+        fields = dict(line.split(":") for line in _MEMINFO.read_text().splitlines() if line.count(":") == 1)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        pass
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        return None
+
+
+def _container_bytes() -> int | None:
+    """None where cgroup v2 sets no limit."""
+    try:
+        limit = int((_CGROUP / "memory.max").read_text())
+        used = int((_CGROUP / "memory.current").read_text())
+        parts = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+        return max(0, limit - used + int(parts["inactive_file"]))
+    except (OSError, KeyError, ValueError):  # "max" is no number
+        return None
