@@ -159,7 +159,9 @@ def write_checkpoint(
     vae = AutoencoderKLWan.from_pretrained(draft / "vae")
     for part, module in (("transformer", transformer), ("vae", vae)):
         shutil.rmtree(staging / part)
-        copy.deepcopy(module).half().save_pretrained(staging / part, safe_serialization=True)
+        half = copy.deepcopy(module).half()
+        half.register_to_config(_name_or_path="")  # else the folder of the draft
+        half.save_pretrained(staging / part, safe_serialization=True)
     about = json.loads((staging / "cinecat.json").read_text())
     about["training"] = asdict(plan) | {"model": None}
     (staging / "cinecat.json").write_text(json.dumps(about, indent=2))

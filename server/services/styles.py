@@ -25,6 +25,7 @@ from cinecat.v1 import styles_pb2, styles_pb2_grpc
 A = TypeVar("A", bound=Answer)
 
 _MAX_IGNORED_KEYS = 100
+_READ_OUT_SECONDS = 2.0
 _ORIGINS = {
     Origin.BUNDLED: styles_pb2.STYLE_ORIGIN_BUNDLED,
     Origin.FOLDER: styles_pb2.STYLE_ORIGIN_FOLDER,
@@ -82,7 +83,11 @@ class StylesService(styles_pb2_grpc.StylesServicer):
         request_iterator: AsyncIterator[styles_pb2.InstallStyleRequest],
         context: grpc.aio.ServicerContext[Any, Any],
     ) -> styles_pb2.InstallStyleResponse:
-        installation = await self._installer.install(request_iterator)
+        try:
+            installation = await self._installer.install(request_iterator)
+        except RequestError:
+            await _read_out(request_iterator)
+            raise
         return styles_pb2.InstallStyleResponse(
             style=self._to_proto(installation.style), unchanged=installation.unchanged, notes=installation.notes
         )
@@ -169,3 +174,11 @@ def _given(numbers: Any) -> dict[str, Any]:
 def _text(path: Path) -> str:
     """A name on disk need not be Unicode."""
     return str(path).encode(errors="replace").decode()
+
+
+async def _read_out(messages: AsyncIterator[styles_pb2.InstallStyleRequest]) -> None:
+    """Lets a refused client finish what it is sending: grpc.aio clients lose an answer that overtakes their writes."""
+    with contextlib.suppress(TimeoutError, grpc.RpcError):
+        async with asyncio.timeout(_READ_OUT_SECONDS):
+            async for _ in messages:
+                pass

@@ -17,7 +17,7 @@ from tests.server.style_uploads import toml, weights
 from tests.server.test_validation import IMAGE
 
 TABLES = {
-    "fast": 'prompt_template = "fast, {prompt}"\n[sampler]\nsteps = 4\nguidance_scale = 1.0\n',
+    "fast": 'prompt_template = "fast, {prompt}"\n[sampler]\nsteps = 4\nguidance_scale = 2.0\n',
     "slow": 'prompt_template = "{prompt}, slow"\n[sampler]\nsteps = 90\nshift = 5.0\n',
     "worded": 'trigger_words = ["grain", "dust"]\n',
     "long": f'prompt_template = "{"x" * 900} {{prompt}}"\n',
@@ -47,10 +47,10 @@ def checked(catalogue: StyleCatalogue, styles: str, **fields: Any) -> Acceptable
 def test_what_the_request_leaves_open_comes_from_the_style(catalogue: StyleCatalogue) -> None:
     accepted = checked(catalogue, "fast", prompt="a cat")
     clip = accepted.clip
-    assert (clip.prompt, clip.steps, clip.guidance_scale, clip.shift) == ("fast, a cat", 4, 1.0, 1.0)
+    assert (clip.prompt, clip.steps, clip.guidance_scale, clip.shift) == ("fast, a cat", 4, 2.0, 1.0)
     assert accepted.notes == (
         "steps: 4, from style fast",
-        "guidance_scale: 1, from style fast",
+        "guidance_scale: 2, from style fast",
         "prompt: in the template of style fast",
     )
 
@@ -65,11 +65,11 @@ def test_the_requests_own_values_win(catalogue: StyleCatalogue) -> None:
 @pytest.mark.parametrize(
     ("styles", "prompt", "steps", "guidance", "shift"),
     [
-        ("fast slow", "fast, a cat", 4, 1.0, 5.0),
-        ("slow fast", "a cat, slow", 90, 1.0, 5.0),
-        ("worded fast", "fast, a cat", 4, 1.0, 1.0),
-        ("fast:0 slow", "a cat, slow", 90, 3.0, 5.0),
-        ("fast:0 slow:0", "a cat", 8, 3.0, 1.0),
+        ("fast slow", "fast, a cat", 4, 2.0, 5.0),
+        ("slow fast", "a cat, slow", 90, 2.0, 5.0),
+        ("worded fast", "fast, a cat", 4, 2.0, 1.0),
+        ("fast:0 slow", "a cat, slow", 90, 1.0, 5.0),
+        ("fast:0 slow:0", "a cat", 8, 1.0, 1.0),
     ],
 )
 def test_of_styles_that_disagree_the_first_named_decides(
