@@ -21,6 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
+from cinecat.plugins.durable import sync
 from cinecat.plugins.errors import LoraError, StyleError
 from cinecat.plugins.finite import check_finite
 from cinecat.plugins.lora import LoraHeader, inspect_lora
@@ -89,7 +90,7 @@ class InstalledStyles:
         """
         removed = self._root / f"{_REMOVED}{secrets.token_hex(8)}"
         folder.rename(removed)
-        _sync(self._root)
+        sync(self._root)
         shutil.rmtree(removed, ignore_errors=True)
 
 
@@ -187,7 +188,7 @@ class StagedStyle:
             _write(self._folder / manifest.preview, self._preview)
         described = replace(manifest, sha256=self.sha256)
         _write(self._folder / MANIFEST_NAME, write_manifest(described).encode())
-        _sync(self._folder)
+        sync(self._folder)
         target = self._root / f"{manifest.name}@{manifest.version}"
         try:
             self._folder.rename(target)
@@ -196,7 +197,7 @@ class StagedStyle:
                 taken = f"{manifest.name} {manifest.version} is installed; give it a new version"
                 raise VersionTaken(taken) from error
             raise
-        _sync(self._root)
+        sync(self._root)
         return target
 
 
@@ -217,11 +218,3 @@ def _write(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

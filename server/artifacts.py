@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import enum
 import hashlib
-import os
 import re
 import secrets
 import shutil
@@ -20,6 +19,8 @@ from typing import Any
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
+
+from cinecat.plugins.durable import sync
 
 CHUNK_BYTES = 256 * 1024
 
@@ -197,17 +198,9 @@ def _digest(path: Path) -> tuple[str, int]:
 
 def _rename_durably(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    _sync(source)
+    sync(source)
     source.replace(target)
-    _sync(target.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(target.parent)
 
 
 @contextlib.contextmanager

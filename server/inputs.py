@@ -20,6 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from cinecat.plugins.durable import sync
+
 _NO_WEIGHTS: Mapping[str, Path] = MappingProxyType({})
 
 
@@ -107,10 +109,10 @@ class JobInputs:
             raise
         except OSError:  # another filesystem, or one without links
             shutil.copyfile(source, staging)
-            _sync(staging)
+            sync(staging)
         staging.rename(folder / source.name)
-        _sync(folder)
-        _sync(self._weights)
+        sync(folder)
+        sync(self._weights)
 
     def _path(self, job_id: str) -> Path:
         return self._folder / f"{job_id}.png"
@@ -121,11 +123,3 @@ def _only_file(folder: Path) -> Path | None:
         return next((path for path in folder.iterdir() if not path.name.startswith(".")), None)
     except FileNotFoundError:
         return None
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

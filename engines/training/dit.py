@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,11 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cinecat.engines.stages import TEXT_TOKENS
-from cinecat.engines.training.average import BestAverage
 from cinecat.engines.training.latents import LatentSet
+from cinecat.engines.training.loop import run_training
 from cinecat.engines.training.muon import Optimisers
-from cinecat.engines.training.progress import Journal, Pulse, training_bar
-from cinecat.engines.training.vae import schedule
+from cinecat.engines.training.progress import Journal
 
 # Layers at the transformer's edges, which AdamW trains.
 _EDGES = ("patch_embedding", "condition_embedder", "proj_out")
@@ -184,64 +182,31 @@ def train_dit(
     save_seconds: float = 120.0,
     fresh: bool = True,
 ) -> None:
-    """Trains in place, resuming from the journal's checkpoint; ends with the best averaged weights.
+    """Trains in place as `run_training` does.
 
     Args:
-        save_seconds: between checkpoints; each also measures the held-out set.
         fresh: starts from the recipe's initialisation rather than from the weights that are there.
     """
     if fresh:
         initialise(transformer, recipe.seed)
-    average = BestAverage(transformer, recipe.average)
-    optimiser = Optimisers(transformer, recipe.muon_rate, recipe.adam_rate, (0.9, 0.98), _EDGES)
-    step, seconds = 0, 0.0
-    state = journal.load()
-    if state is not None:
-        transformer.load_state_dict(state["model"])
-        average.load_state_dict(state["average"])
-        optimiser.load_state_dict(state["optimiser"])
-        step, seconds = int(state["step"]), float(state["seconds"])
-        journal.rewind(step)
-    transformer.train().requires_grad_(True)
     probe = _probe(held_out, recipe)
-    pulse, running = Pulse(save_seconds), 0.0
-    with training_bar("DiT", step, recipe.steps) as move:
-        while step < recipe.steps:
-            started = time.monotonic()
-            factor = schedule(step, recipe.steps, recipe.warmup)
-            loss = flow_loss(transformer, draw_batch(train, recipe, step))
-            loss.backward()  # type: ignore[no-untyped-call]
-            nn.utils.clip_grad_norm_(transformer.parameters(), 1.0)
-            optimiser.step(factor)
-            step += 1
-            average.follow(transformer, step)
-            seconds += time.monotonic() - started
-            value = float(loss.detach())
-            running = value if running == 0.0 else 0.97 * running + 0.03 * value
-            move(step, f"loss {running:.4f}")
-            if pulse.due() or step == recipe.steps:
-                measured = _held_out_loss(average.model, probe)
-                average.offer(measured)
-                journal.log(
-                    {
-                        "step": step,
-                        "seconds": round(seconds, 1),
-                        "schedule": round(factor, 4),
-                        "loss": round(running, 5),
-                        "held_out_loss": round(measured, 5),
-                    }
-                )
-                journal.save(
-                    {
-                        "model": transformer.state_dict(),
-                        "average": average.state_dict(),
-                        "optimiser": optimiser.state_dict(),
-                        "step": step,
-                        "seconds": seconds,
-                    }
-                )
-    average.give(transformer)
-    transformer.eval().requires_grad_(False)
+
+    def measure(model: WanTransformer3DModel, step: int) -> tuple[float, dict[str, float | str]]:
+        loss = _held_out_loss(model, probe)
+        return loss, {"held_out_loss": round(loss, 5)}
+
+    run_training(
+        "DiT",
+        transformer,
+        Optimisers(transformer, recipe.muon_rate, recipe.adam_rate, (0.9, 0.98), _EDGES),
+        journal,
+        steps=recipe.steps,
+        warmup=recipe.warmup,
+        average_decay=recipe.average,
+        save_seconds=save_seconds,
+        loss_at=lambda step: flow_loss(transformer, draw_batch(train, recipe, step)),
+        measure=measure,
+    )
 
 
 def draw_batch(latents: LatentSet, recipe: DitRecipe, step: int) -> Batch:

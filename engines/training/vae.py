@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cinecat.engines.messages import VAE_TEMPORAL_STRIDE
-from cinecat.engines.training.average import BestAverage
 from cinecat.engines.training.film import HELD_OUT, Window, make_clip, render
+from cinecat.engines.training.loop import run_training
 from cinecat.engines.training.muon import Optimisers
-from cinecat.engines.training.progress import Journal, Pulse, training_bar
+from cinecat.engines.training.progress import Journal
 from cinecat.engines.training.scenes import draw_scene
 
 
@@ -31,8 +30,6 @@ class VaeRecipe:
     Attributes:
         steps: optimiser steps; the learning rate's cosine ends there.
         image_share: part of the steps that see single images.
-        encoder_share: part of the steps that train the encoder; later ones train the decoder alone, which leaves
-            the latents as they are, so that the transformer can be trained meanwhile.
         crop: side of the square training crops, of frames with a short side of `side`.
         image_batch, clip_batch: crops per step.
         clip_frames: 4k + 1.
@@ -43,7 +40,6 @@ class VaeRecipe:
 
     steps: int = 1000
     image_share: float = 0.46
-    encoder_share: float = 1.0
     side: int = 128
     crop: int = 64
     image_batch: int = 16
@@ -119,84 +115,45 @@ def psnr(first: Tensor, second: Tensor, peak: float = 2.0) -> float:
 def train_vae(
     vae: AutoencoderKLWan, recipe: VaeRecipe, journal: Journal, save_seconds: float = 120.0, clips: int = 6
 ) -> None:
-    """Trains in place, resuming from the journal's checkpoint; ends with the best averaged weights.
-
-    Every step's data is drawn from its number, so a resumed run sees what an uninterrupted one would have seen.
+    """Trains in place as `run_training` does.
 
     Args:
-        save_seconds: between checkpoints; each also measures the held-out clips.
         clips: held-out clips of 17 frames.
     """
     initialise(vae, recipe.seed)
-    optimiser = Optimisers(vae, recipe.muon_rate, recipe.adam_rate, (0.9, 0.99))
+    optimisers = Optimisers(vae, recipe.muon_rate, recipe.adam_rate, (0.9, 0.99))
     use_faster_layers(vae)
-    average = BestAverage(vae, recipe.average)
-    step, seconds = 0, 0.0
-    state = journal.load()
-    if state is not None:
-        vae.load_state_dict(state["model"])
-        optimiser.load_state_dict(state["optimiser"])
-        average.load_state_dict(state["average"])
-        step, seconds = int(state["step"]), float(state["seconds"])
-        journal.rewind(step)
     held_out = _held_out(recipe, clips)
-    encoder_steps = round(recipe.steps * recipe.encoder_share)
-    vae.train().requires_grad_(True)
-    pulse, running = Pulse(save_seconds), 0.0
-    with training_bar("VAE", step, recipe.steps) as move:
-        while step < recipe.steps:
-            started = time.monotonic()
-            images = step < recipe.steps * recipe.image_share
-            factor = schedule(step, recipe.steps, recipe.warmup)
-            video = _batch(recipe, step, images)
-            with torch.set_grad_enabled(step < encoder_steps):
-                latents = encode(vae, video)
-            generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
-            noise = torch.randn(latents.shape, generator=generator)
-            error = decode(vae, latents + recipe.noise * noise) - video
-            # Keeps latents near unit scale, where the noise means something.
-            loss = error.abs().mean() + 4 * error.square().mean() + 1e-4 * latents.square().mean()
-            loss.backward()  # type: ignore[no-untyped-call]
-            nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-            optimiser.step(factor)
-            step += 1
-            average.follow(vae, step)
-            seconds += time.monotonic() - started
-            value = float(loss.detach())
-            running = value if running == 0.0 else 0.97 * running + 0.03 * value
-            move(step, f"loss {running:.4f}")
-            if pulse.due() or step in (encoder_steps, recipe.steps):
-                measured = held_out_psnr(average.model, held_out)
-                average.offer(-measured["held_out_psnr"])
-                journal.log(
-                    {
-                        "step": step,
-                        "seconds": round(seconds, 1),
-                        "kind": "images" if images else "clips",
-                        "schedule": round(factor, 4),
-                        "loss": round(running, 5),
-                        **{name: round(value, 3) for name, value in measured.items()},
-                    }
-                )
-                journal.save(
-                    {
-                        "model": vae.state_dict(),
-                        "average": average.state_dict(),
-                        "optimiser": optimiser.state_dict(),
-                        "step": step,
-                        "seconds": seconds,
-                    }
-                )
-    average.give(vae)
-    vae.eval().requires_grad_(False)
 
+    def images(step: int) -> bool:
+        return step < recipe.steps * recipe.image_share
 
-def schedule(step: int, steps: int, warmup: int) -> float:
-    """Share of the learning rate: linear warm-up, then one cosine to a fiftieth at `steps`."""
-    if step < warmup:
-        return (step + 1) / warmup
-    done = min((step - warmup) / max(steps - warmup, 1), 1.0)
-    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done))
+    def loss_at(step: int) -> Tensor:
+        video = _batch(recipe, step, images(step))
+        latents = encode(vae, video)
+        generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
+        noise = torch.randn(latents.shape, generator=generator)
+        error = decode(vae, latents + recipe.noise * noise) - video
+        # Keeps latents near unit scale, where the noise means something.
+        return error.abs().mean() + 4 * error.square().mean() + 1e-4 * latents.square().mean()
+
+    def measure(model: AutoencoderKLWan, step: int) -> tuple[float, dict[str, float | str]]:
+        measured = held_out_psnr(model, held_out)
+        rounded = {name: round(value, 3) for name, value in measured.items()}
+        return -measured["held_out_psnr"], {"kind": "images" if images(step - 1) else "clips", **rounded}
+
+    run_training(
+        "VAE",
+        vae,
+        optimisers,
+        journal,
+        steps=recipe.steps,
+        warmup=recipe.warmup,
+        average_decay=recipe.average,
+        save_seconds=save_seconds,
+        loss_at=loss_at,
+        measure=measure,
+    )
 
 
 @torch.no_grad()

@@ -108,7 +108,7 @@ def checks_of(report: ModelReport) -> dict[str, Check]:
 
 
 def _without_goals(checks: Mapping[str, Check]) -> dict[str, Check]:
-    """The issue of a model at its second size is reported, not judged."""
+    """The second size is reported, not judged."""
     return {name: Check(check.value, "", True, check.spread) for name, check in checks.items()}
 
 
