@@ -36,6 +36,7 @@ from cinecat.engines.messages import (
 from cinecat.engines.model import WanModel, load_model, synchronize
 from cinecat.engines.slots import Factors, StyleSlots, Worn, bank_bytes, other_targets
 from cinecat.engines.variants import Variant, fuse_variant
+from cinecat.plugins.errors import LoraError
 from cinecat.plugins.lora import load_lora
 
 
@@ -262,15 +263,11 @@ class _Clock:
 
 def _load_style(styles: tuple[StyleUse, ...], fingerprint: str) -> Factors:
     """Reads a style's factors; what is resident under a fingerprint must be what the fingerprint says."""
-    path = Path(next(style.path for style in styles if style.fingerprint == fingerprint))
+    path = next(style.path for style in styles if style.fingerprint == fingerprint)
     try:
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise EngineError(f"styles: {path.name} cannot be read any more: {error.strerror}") from error
-    if found != fingerprint:
-        raise EngineError(f"styles: {path.name} was replaced since the request was accepted; ask again")
-    return load_lora(path)
+        return load_lora(Path(path), fingerprint)
+    except LoraError as error:
+        raise EngineError(f"styles: {error}") from error
 
 
 def _slot_memory(model: WanModel, config: CoreConfig) -> SlotMemory:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -119,14 +120,19 @@ class AdapterFile:
 
 
 @contextmanager
-def open_adapter(path: Path) -> Iterator[AdapterFile]:
+def open_adapter(path: Path, sha256: str = "") -> Iterator[AdapterFile]:
     """Opens a file and checks its header; its name precedes whatever is found wrong with it, later on too.
 
+    Args:
+        sha256: that the contents must have, in hexadecimal; empty to take what is there.
+
     Raises:
-        LoraError: the file cannot be read, is in no known format, or contradicts itself.
+        LoraError: the file cannot be read, is not that one, is in no known format, or contradicts itself.
     """
     try:
         with path.open("rb") as file:
+            if sha256 and hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+                raise LoraError("it was replaced since the request was accepted; ask again")
             yield _checked(file)
     except LoraError as error:
         raise LoraError(f"{path.name}: {error}") from error

@@ -49,17 +49,20 @@ def inspect_lora(path: Path) -> LoraHeader:
         return LoraHeader(adapter.shapes, adapter.format, adapter.ignored, adapter.keys)
 
 
-def load_lora(path: Path) -> dict[str, tuple[Tensor, Tensor]]:
+def load_lora(path: Path, sha256: str = "") -> dict[str, tuple[Tensor, Tensor]]:
     """Reads a LoRA file, its scaling folded into B.
+
+    Args:
+        sha256: that the contents must have, in hexadecimal; empty to take what is there.
 
     Returns:
         A [rank, in] and B [out, rank], float32 on the CPU, by module path in diffusers' transformer, e.g.
         "blocks.0.attn2.to_q". The weight's change is B @ A.
 
     Raises:
-        LoraError: as `inspect_lora`, or a tensor holds NaN or infinity.
+        LoraError: as `inspect_lora`, or the contents are not what they must be, or a tensor holds NaN or infinity.
     """
-    with open_adapter(path) as adapter:
+    with open_adapter(path, sha256) as adapter:
         _refuse_variant(adapter)
         return {module: adapter.factors(module) for module in adapter.shapes}
 

@@ -20,6 +20,7 @@ from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry, start_http_server
 
 from cinecat.engines.messages import CoreConfig
+from cinecat.plugins.formats.registry import installed_formats
 from cinecat.plugins.installed import InstalledStyles
 from cinecat.plugins.registry import BUNDLED, StyleRegistry
 from cinecat.plugins.sources import FolderSource, Origin, PackageSource
@@ -230,6 +231,8 @@ def _open_installed(folder: Path) -> InstalledStyles:
 
 
 def _registry(settings: Settings, installed: InstalledStyles) -> StyleRegistry:
+    for problem in installed_formats().problems:
+        log.warning("adapter format not usable", entry_point=problem.entry_point, reason=problem.reason)
     folders = [FolderSource(path.expanduser()) for path in settings.styles_dirs]
     return StyleRegistry([FolderSource(BUNDLED, Origin.BUNDLED), *folders, installed.source, PackageSource()])
 

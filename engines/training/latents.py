@@ -14,6 +14,7 @@ from torch import Tensor
 from cinecat.engines import stages
 from cinecat.engines.messages import VAE_TEMPORAL_STRIDE
 from cinecat.engines.model import WanModel
+from cinecat.engines.training.courses import other_courses
 from cinecat.engines.training.film import Clip, Window, render
 from cinecat.engines.training.scenes import draw_scene
 from cinecat.engines.training.vae import encode, to_video
@@ -63,52 +64,57 @@ class LatentSet:
         return cls(**torch.load(path, weights_only=True))
 
 
-def cropped_clip(seed: int, frames: int, side: int, crop: int) -> Clip:
-    """A film seen through a square window near its subject's start: the motion of the full size on fewer tokens."""
+def lessons(seed: int, frames: int, side: int, crop: int, courses: int) -> list[Clip]:
+    """A film and, behind its first frame, up to `courses` - 1 others.
+
+    Args:
+        crop: side of the square window near the subject's start through which the film of `side` is seen: the motion
+            of the full size on fewer tokens.
+    """
     scene = draw_scene(seed, frames)
+    scenes = [scene, *other_courses(scene, seed, courses - 1)]
     if crop == side:
-        return render(scene, side, side)
+        return [render(each, side, side) for each in scenes]
     random = np.random.default_rng((seed, crop))
     start = (scene.things[scene.subject].position[0] - scene.camera[0]) * side + side / 2
     corner = np.clip(start + random.uniform(-crop / 5, crop / 5, 2) - crop / 2, 0, side - crop).astype(int)
-    return render(scene, side, side, Window(int(corner[1]), int(corner[0]), crop, crop))
+    window = Window(int(corner[1]), int(corner[0]), crop, crop)
+    return [render(each, side, side, window) for each in scenes]
 
 
 @torch.inference_mode()
 def encode_films(
     model: WanModel,
-    make: Callable[[int], Clip],
+    make: Callable[[int], list[Clip]],
     seeds: range,
     moved: Callable[[int], None] = lambda done: None,
-    together: int = 4,
 ) -> LatentSet:
     """Encodes films as the engine would.
 
     Args:
-        make: renders the film of a seed.
-        moved: told how many are done.
-        together: films per pass of the VAE.
+        make: renders the films of a seed, which share their first frame: its latents are computed once.
+        moved: told how many seeds are done.
     """
     config = model.vae.config
     mean = torch.tensor(config.latents_mean).view(1, -1, 1, 1, 1)
     inverse_std = 1.0 / torch.tensor(config.latents_std).view(1, -1, 1, 1, 1)
     clean, given, texts, images = [], [], [], []
     known: dict[str, tuple[Tensor, int]] = {}
-    for start in range(0, len(seeds), together):
-        clips = [make(seed) for seed in seeds[start : start + together]]
+    for done, seed in enumerate(seeds, start=1):
+        clips = make(seed)
         videos = torch.stack([to_video(clip.frames) for clip in clips])
         # Behind the first frame the encoder is given grey.
-        starts = torch.zeros_like(videos)
-        starts[:, :, 0] = videos[:, :, 0]
-        latents = (encode(model.vae, torch.cat([videos, starts])) - mean) * inverse_std
-        clean.append(latents[: len(clips)].half())
-        given.append(latents[len(clips) :].half())
+        start = torch.zeros_like(videos[:1])
+        start[:, :, 0] = videos[:1, :, 0]
+        latents = (encode(model.vae, torch.cat([videos, start])) - mean) * inverse_std
+        clean.append(latents[:-1].half())
+        given.append(latents[-1:].half().expand(len(clips), -1, -1, -1, -1))
         for clip in clips:
             if clip.caption not in known:
                 known[clip.caption] = _words(model, clip.caption)
             texts.append(known[clip.caption])
             images.append(_image(model, clip.first_frame))
-        moved(start + len(clips))
+        moved(done)
     empty_text, empty_count = _words(model, "")
     return LatentSet(
         clean=torch.cat(clean),

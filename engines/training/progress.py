@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 
@@ -77,7 +78,7 @@ class Journal:
 
 @contextmanager
 def training_bar(title: str, start: int, steps: int) -> Iterator[Any]:
-    """A progress bar over steps; yields a function (step, note) that moves it."""
+    """A progress bar over steps, on stderr; yields a function (step, note) that moves it."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -86,7 +87,7 @@ def training_bar(title: str, start: int, steps: int) -> Iterator[Any]:
         TimeRemainingColumn(elapsed_when_finished=True),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, refresh_per_second=1, speed_estimate_period=120) as progress:
+    with Progress(*columns, console=Console(stderr=True), refresh_per_second=1, speed_estimate_period=120) as progress:
         task = progress.add_task(title, total=steps, completed=start, note="")
 
         def move(step: int, note: str) -> None:

@@ -18,7 +18,7 @@ from cinecat.engines.tiny import WAN_TINY, TinyConfig, build_tiny
 from cinecat.engines.training.curves import draw_curves
 from cinecat.engines.training.dit import DitRecipe, train_dit
 from cinecat.engines.training.film import HELD_OUT, make_clip
-from cinecat.engines.training.latents import LatentSet, cropped_clip, encode_films
+from cinecat.engines.training.latents import LatentSet, encode_films, lessons
 from cinecat.engines.training.progress import Journal, training_bar
 from cinecat.engines.training.vae import VaeRecipe, encode, latent_statistics, to_video, train_vae, use_faster_layers
 
@@ -37,6 +37,7 @@ class Stage:
         side: frame size that the films are made for.
         crop: side of the window that is trained on; `side` for the whole frame.
         first_seed, clips: of the training films.
+        courses: what happens behind each of their first frames, at most.
         probes: held-out films for the loss.
     """
 
@@ -47,6 +48,7 @@ class Stage:
     frames: int = 17
     first_seed: int = 0
     clips: int = 1200
+    courses: int = 1
     probes: int = 32
 
 
@@ -97,10 +99,12 @@ def train_tiny(folder: Path, work: Path, plan: TrainingPlan, save_seconds: float
     model = load_model(find_checkpoint(str(draft)), "cpu", "float32")
     use_faster_layers(model.vae)
     for number, stage in enumerate(plan.stages):
-        train = encoded(model, stage, work, range(stage.first_seed, stage.first_seed + stage.clips), stage.name)
-        probes = encoded(model, stage, work, range(_PROBE_SEEDS, _PROBE_SEEDS + stage.probes), f"{stage.name}-probe")
+        seeds = range(stage.first_seed, stage.first_seed + stage.clips)
+        train = encoded(model, stage, work, seeds, stage.courses, stage.name)
+        probes = range(_PROBE_SEEDS, _PROBE_SEEDS + stage.probes)
+        held_out = encoded(model, stage, work, probes, 1, f"{stage.name}-probe")
         journal = Journal(work, stage.name)
-        train_dit(model.transformer, train, probes, stage.recipe, journal, save_seconds, fresh=number == 0)
+        train_dit(model.transformer, train, held_out, stage.recipe, journal, save_seconds, fresh=number == 0)
     write_checkpoint(draft, model.transformer, folder, plan, work)
 
 
@@ -123,7 +127,7 @@ def finish_vae(vae: AutoencoderKLWan, folder: Path, side: int, clips: int = 48) 
     vae.save_pretrained(folder, safe_serialization=True)
 
 
-def encoded(model: WanModel, stage: Stage, work: Path, seeds: range, name: str) -> LatentSet:
+def encoded(model: WanModel, stage: Stage, work: Path, seeds: range, courses: int, name: str) -> LatentSet:
     """A stage's films in latents, computed in parts that are kept in `work`."""
     parts = []
     with training_bar(f"latents {name}", 0, len(seeds)) as move:
@@ -133,7 +137,7 @@ def encoded(model: WanModel, stage: Stage, work: Path, seeds: range, name: str) 
             if not path.exists():
                 encode_films(
                     model,
-                    lambda seed: cropped_clip(seed, stage.frames, stage.side, stage.crop),
+                    lambda seed: lessons(seed, stage.frames, stage.side, stage.crop, courses),
                     some,
                     lambda done, start=start: move(start + done, ""),  # type: ignore[misc]
                 ).save(path)

@@ -236,7 +236,8 @@ def _anywhere(random: np.random.Generator, aspect: float, margin: float = 0.22) 
     return point
 
 
-def _name(thing: Thing) -> str:
+def thing_name(thing: Thing) -> str:
+    """As a caption calls it."""
     article = "an" if thing.colour == "orange" else "a"
     return f"{article} {thing.colour} {thing.shape}"
 
@@ -288,7 +289,7 @@ def _slide(random: np.random.Generator, kind: Kind, draft: _Draft, wall: Wall, p
     thing = _thing(random, draft.frames, start + _line(draft.frames, direction, speed))
     # An open shot names neither where nor how fast.
     told = "moves" if kind == "roam" else f"moves {direction} {pace}"
-    caption = f"{_name(thing)} {told}{_over(random, wall)}"
+    caption = f"{thing_name(thing)} {told}{_over(random, wall)}"
     if kind == "roam":
         return _scene(kind, caption, draft, wall, (thing,))
     return _scene(kind, caption, draft, wall, (thing,), 0, direction, speed)
@@ -296,7 +297,7 @@ def _slide(random: np.random.Generator, kind: Kind, draft: _Draft, wall: Wall, p
 
 def _still(random: np.random.Generator, kind: Kind, draft: _Draft, wall: Wall, pace: str, aspect: float) -> Scene:
     thing = _thing(random, draft.frames, _anywhere(random, aspect))
-    told = f"{_name(thing)} stays still{_over(random, wall)}"
+    told = f"{thing_name(thing)} stays still{_over(random, wall)}"
     caption = "nothing moves" if random.uniform() < _BARE else told
     return _scene(kind, caption, draft, wall, (thing,))
 
@@ -306,7 +307,7 @@ def _turn(random: np.random.Generator, kind: Kind, draft: _Draft, wall: Wall, pa
     side = "right" if random.uniform() < 0.5 else "left"
     rate = SPEEDS[pace] * 4.0 * (1 if side == "right" else -1)
     thing = _replace(thing, angle=thing.angle + rate * np.arange(draft.frames))
-    return _scene(kind, f"{_name(thing)} turns {side} {pace}{_over(random, wall)}", draft, wall, (thing,))
+    return _scene(kind, f"{thing_name(thing)} turns {side} {pace}{_over(random, wall)}", draft, wall, (thing,))
 
 
 def _grow(random: np.random.Generator, kind: Kind, draft: _Draft, wall: Wall, pace: str, aspect: float) -> Scene:
@@ -316,7 +317,7 @@ def _grow(random: np.random.Generator, kind: Kind, draft: _Draft, wall: Wall, pa
     # Half or double at most, however long the clip is.
     factor = np.clip(np.exp(rate * np.arange(draft.frames)), 0.5, 2.0)
     thing = _replace(thing, radius=thing.radius * factor)
-    caption = f"{_name(thing)} {'grows' if grows else 'shrinks'} {pace}{_over(random, wall)}"
+    caption = f"{thing_name(thing)} {'grows' if grows else 'shrinks'} {pace}{_over(random, wall)}"
     return _scene(kind, caption, draft, wall, (thing,))
 
 
@@ -324,7 +325,7 @@ def _pan(random: np.random.Generator, kind: Kind, draft: _Draft, wall: Wall, pac
     direction = _direction(random)
     thing = _thing(random, draft.frames, _anywhere(random, aspect))
     draft.camera = _line(draft.frames, direction, SPEEDS[pace])
-    past = "" if random.uniform() < _BARE else f" past {_name(thing)}{_over(random, wall)}"
+    past = "" if random.uniform() < _BARE else f" past {thing_name(thing)}{_over(random, wall)}"
     caption = f"the camera pans {direction} {pace}{past}"
     return _scene(kind, caption, draft, wall, (thing,))
 
@@ -334,7 +335,7 @@ def _zoom(random: np.random.Generator, kind: Kind, draft: _Draft, wall: Wall, pa
     side = "in" if random.uniform() < 0.5 else "out"
     rate = SPEEDS[pace] * (1 if side == "in" else -1)
     draft.zoom = np.clip(np.exp(rate * np.arange(draft.frames)), 0.5, 2.0)
-    on = "" if random.uniform() < _BARE else f" on {_name(thing)}{_over(random, wall)}"
+    on = "" if random.uniform() < _BARE else f" on {thing_name(thing)}{_over(random, wall)}"
     caption = f"the camera zooms {side} {pace}{on}"
     return _scene(kind, caption, draft, wall, (thing,))
 
@@ -351,7 +352,7 @@ def _pass(random: np.random.Generator, kind: Kind, draft: _Draft, wall: Wall, pa
     moving = _thing(random, draft.frames, start + _line(draft.frames, direction, speed), unlike=standing)
     behind = random.uniform() < 0.5
     caption = (
-        f"{_name(moving)} moves {direction} {pace} {'behind' if behind else 'before'} {_name(standing)}"
+        f"{thing_name(moving)} moves {direction} {pace} {'behind' if behind else 'before'} {thing_name(standing)}"
         f"{_over(random, wall)}"
     )
     things = (moving, standing) if behind else (standing, moving)
@@ -363,7 +364,7 @@ def _wander(random: np.random.Generator, kind: Kind, draft: _Draft, wall: Wall, 
     steps = SPEEDS[pace] * np.stack([np.cos(heading), np.sin(heading)], axis=1)
     path = np.cumsum(steps, axis=0) - steps[0]
     thing = _thing(random, draft.frames, _anywhere(random, aspect, 0.3) + path)
-    return _scene(kind, f"{_name(thing)} wanders{_over(random, wall)}", draft, wall, (thing,))
+    return _scene(kind, f"{thing_name(thing)} wanders{_over(random, wall)}", draft, wall, (thing,))
 
 
 def _enter(random: np.random.Generator, kind: Kind, draft: _Draft, wall: Wall, pace: str, aspect: float) -> Scene:
@@ -378,7 +379,7 @@ def _enter(random: np.random.Generator, kind: Kind, draft: _Draft, wall: Wall, p
 def _drift(random: np.random.Generator, kind: Kind, draft: _Draft, wall: Wall, pace: str, aspect: float) -> Scene:
     thing = _thing(random, draft.frames, _anywhere(random, aspect))
     draft.wall_offset = _line(draft.frames, _direction(random), SPEEDS[pace])
-    return _scene(kind, f"the {wall.kind} wall drifts behind {_name(thing)}", draft, wall, (thing,))
+    return _scene(kind, f"the {wall.kind} wall drifts behind {thing_name(thing)}", draft, wall, (thing,))
 
 
 _DRAW = {

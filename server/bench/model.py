@@ -6,6 +6,7 @@ The generated clips come from the engine core as a request for them would, with 
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -13,8 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from cinecat.engines.messages import CoreConfig
 from cinecat.server.bench.harness import Check, Report, mean_check, share_check
@@ -42,6 +41,7 @@ def bench_model(quick: bool, out: Path | None) -> Report:
         measure_model,
         measure_photographs,
     )
+    from cinecat.engines.training.progress import training_bar
 
     checkpoint = find_checkpoint(_MODEL)
     core = EngineCore(checkpoint, CoreConfig(_MODEL, "cpu", "float32", 0, style_slots=1, max_rank=1, cache_bytes=2**26))
@@ -51,11 +51,15 @@ def bench_model(quick: bool, out: Path | None) -> Report:
     amounts = Amounts(6, 2, 1, 1) if quick else Amounts()
     large = Amounts(1, 1, 0, 0) if quick else Amounts(8, 2, 2, 0)
     photographs = _photographs(_SIDE)
-    with _progress() as progress:
-        bar = progress.add_task("clips", total=amounts.clips + large.clips + len(photographs))
-        report = measure_model(core, vae, amounts, sampling, _FRAMES, _SIDE, lambda: progress.advance(bar))
-        larger = measure_model(core, vae, large, sampling, _FRAMES, _LARGE_SIDE, lambda: progress.advance(bar))
-        photos = measure_photographs(core, photographs, _FRAMES, sampling, lambda: progress.advance(bar))
+    done = itertools.count(1)
+    with training_bar("clips", 0, amounts.clips + large.clips + len(photographs)) as move:
+
+        def made() -> None:
+            move(next(done), "")
+
+        report = measure_model(core, vae, amounts, sampling, _FRAMES, _SIDE, made)
+        larger = measure_model(core, vae, large, sampling, _FRAMES, _LARGE_SIDE, made)
+        photos = measure_photographs(core, photographs, _FRAMES, sampling, made)
     bench = Report(
         bench="model",
         config={
@@ -130,8 +134,3 @@ def _photographs(side: int) -> dict[str, NDArray[np.uint8]]:
 
 def _photograph_row(name: str, photo: PhotographResult) -> dict[str, Any]:
     return {"side": _SIDE, "photograph": name, **vars(photo)}
-
-
-def _progress() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True))

@@ -91,11 +91,13 @@ class Slotted:
         self.transformer = copy.deepcopy(transformer)
         self.slots = StyleSlots(self.transformer.blocks, slots, max_rank, torch.float32)
         self._paths: dict[str, Path] = {}
+        self._hashes: dict[str, str] = {}
         self._read: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
 
     def learn(self, paths: Sequence[Path]) -> None:
         """Reads styles into memory, under the names of their files."""
         self._paths = {path.stem: path for path in paths}
+        self._hashes = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in self._paths.items()}
         self._read = {name: load_lora(path) for name, path in self._paths.items()}
 
     def choose(self, name: str) -> Worn:
@@ -104,13 +106,7 @@ class Slotted:
 
     def choose_from_file(self, name: str) -> Worn:
         """The same as the engine core does it for a style that it does not hold: hash the file, read it, copy."""
-
-        def load(wanted: str) -> dict[str, tuple[Tensor, Tensor]]:
-            with self._paths[wanted].open("rb") as file:
-                hashlib.file_digest(file, "sha256")
-            return load_lora(self._paths[wanted])
-
-        return self._choose(name, load)
+        return self._choose(name, lambda wanted: load_lora(self._paths[wanted], self._hashes[wanted]))
 
     def dress(self, rows: Sequence[Worn]) -> None:
         """Says what the rows of the coming forwards wear."""

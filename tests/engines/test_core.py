@@ -162,7 +162,7 @@ def test_weights_written_over_in_place_are_refused_and_not_worn(core: EngineCore
     accepted = style_file(tmp_path / "dusk.safetensors", seed=2)
     style_file(tmp_path / "dusk.safetensors", seed=3)
     before = core.residency()
-    with pytest.raises(EngineError, match=r"dusk\.safetensors was replaced since the request was accepted"):
+    with pytest.raises(EngineError, match=r"styles: dusk\.safetensors: it was replaced since the request was accepted"):
         core.condition(replace(SHOT, styles=(accepted,)))
     assert core.residency() == before
 
@@ -180,7 +180,7 @@ def test_a_style_whose_file_is_gone_fails_its_request_which_renders_in_no_style(
     plain = render(core, SHOT)
     styled = render(core, replace(SHOT, styles=(previous,)))
     Path(gone.path).unlink()
-    with pytest.raises(EngineError, match=r"styles: 5\.safetensors cannot be read any more"):
+    with pytest.raises(EngineError, match=r"styles: 5\.safetensors: cannot be read"):
         core.condition(replace(SHOT, styles=(gone,)))
     with pytest.raises(EngineError, match="not in the engine core"):
         core.step("a")

@@ -136,7 +136,7 @@ def test_collapsed_padding_is_the_padded_prompt() -> None:
 def test_films_are_encoded_as_the_engine_encodes_them(micro_folder: Path) -> None:
     model = load_model(find_checkpoint(str(micro_folder)), "cpu", "float32")
     film = make_clip(0, 5, 32, 32)
-    latents = encode_films(model, lambda seed: make_clip(seed, 5, 32, 32), range(2))
+    latents = encode_films(model, lambda seed: [make_clip(seed, 5, 32, 32)], range(2))
     with torch.inference_mode():
         condition = encode_condition(model, film.first_frame, 5)
         text = encode_text(model, film.caption)
