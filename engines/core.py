@@ -87,7 +87,8 @@ class EngineCore:
         self._slots = StyleSlots(transformer.blocks, config.style_slots, config.max_rank, self._model.dtype, others)
         blocks = TorchBlocks(transformer, self._slots)
         self._denoiser = Denoiser(transformer, blocks)
-        self._cache = ContentCache(config.cache_bytes)
+        self._cache: ContentCache[Tensor] = ContentCache(config.cache_bytes, lambda tensor: tensor.nbytes)
+        self._read_styles: ContentCache[Factors] = ContentCache(config.style_cache_bytes, _factors_bytes)
         self._requests: dict[str, _Request] = {}
         positions = transformer.config.rope_max_seq_len
         self.model_info = ModelInfo(
@@ -126,7 +127,7 @@ class EngineCore:
         strengths: defaultdict[str, float] = defaultdict(float)
         for style in shot.styles:
             strengths[style.fingerprint] += style.strength  # one file under two names
-        worn = self._slots.wear(strengths, lambda fingerprint: _load_style(shot.styles, fingerprint))
+        worn = self._slots.wear(strengths, lambda fingerprint: self._load_style(shot.styles, fingerprint))
         try:
             return self._condition(shot, worn)
         except BaseException:
@@ -178,7 +179,7 @@ class EngineCore:
         """Runs the next denoising step.
 
         Raises:
-            EngineError: the request is unknown or has done all its steps.
+            EngineError: the request is unknown, has done all its steps, or came out as NaN or infinity.
         """
         request = self._request(job_id)
         timesteps = request.scheduler.timesteps
@@ -193,6 +194,10 @@ class EngineCore:
         if len(velocities) == 2:
             velocity = velocities[1] + request.guidance_scale * (velocities[0] - velocities[1])
         request.latents = request.scheduler.step(velocity, timestep, request.latents, return_dict=False)[0]
+        if not torch.isfinite(request.latents).all():
+            raise EngineError(
+                f"step {request.step + 1} gave NaN or infinity; lower the strengths or the guidance, or wear less"
+            )
         request.step += 1
         synchronize(self._model.device)
         return Stepped(request.step, len(timesteps), time.perf_counter() - started)
@@ -232,7 +237,15 @@ class EngineCore:
             NoFreeSlot: running requests wear all slots.
             EngineError: it cannot be worn.
         """
-        self._slots.take_off(self._slots.wear({style.fingerprint: 1.0}, lambda name: _load_style((style,), name)))
+        self._slots.take_off(self._slots.wear({style.fingerprint: 1.0}, lambda name: self._load_style((style,), name)))
+
+    def _load_style(self, styles: tuple[StyleUse, ...], fingerprint: str) -> Factors:
+        """A style's factors, from memory or its file; what is worn under a fingerprint must be what that says."""
+        path = Path(next(style.path for style in styles if style.fingerprint == fingerprint))
+        try:
+            return self._read_styles.get(fingerprint, lambda: load_lora(path, fingerprint))[0]
+        except LoraError as error:
+            raise EngineError(f"styles: {error}") from error
 
     def residency(self) -> tuple[ResidentStyle, ...]:
         """What is in the slots, least recently used first."""
@@ -261,13 +274,8 @@ class _Clock:
         return [tensor for tensor, _ in results]
 
 
-def _load_style(styles: tuple[StyleUse, ...], fingerprint: str) -> Factors:
-    """Reads a style's factors; what is resident under a fingerprint must be what the fingerprint says."""
-    path = next(style.path for style in styles if style.fingerprint == fingerprint)
-    try:
-        return load_lora(Path(path), fingerprint)
-    except LoraError as error:
-        raise EngineError(f"styles: {error}") from error
+def _factors_bytes(factors: Factors) -> int:
+    return sum(a.nbytes + b.nbytes for a, b in factors.values())
 
 
 def _slot_memory(model: WanModel, config: CoreConfig) -> SlotMemory:

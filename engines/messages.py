@@ -30,6 +30,7 @@ class CoreConfig:
         style_slots: styles resident at once.
         max_rank: LoRA rank that a slot holds, summed over the styles that share it.
         cache_bytes: bound of the prompt, image and condition caches together.
+        style_cache_bytes: bound of the styles that are kept in memory as read, besides those in slots.
         model_variant: path of a file whose changes are fused into the transformer; empty for none.
     """
 
@@ -40,6 +41,7 @@ class CoreConfig:
     style_slots: int
     max_rank: int
     cache_bytes: int
+    style_cache_bytes: int = 0
     model_variant: str = ""
 
 
@@ -79,7 +81,7 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class StyleUse:
-    """A style worn by a request: a LoRA file in the diffusers layout, its content hash and its strength."""
+    """A style worn by a request: a LoRA file, its content hash and its strength."""
 
     path: str
     fingerprint: str

@@ -43,7 +43,7 @@ class _Rows:
     """Which slot each row of the running forward wears; None while no row wears any."""
 
     slots: Tensor | None = None  # int64 [rows]
-    strengths: Tensor | None = None  # [rows, 1, 1]
+    strengths: Tensor | None = None  # float32 [rows, 1, 1]
 
 
 class SlottedLinear(nn.Linear):
@@ -65,8 +65,9 @@ class SlottedLinear(nn.Linear):
         slots, strengths = self._rows.slots, self._rows.strengths
         if slots is None or strengths is None:
             return y
-        low = x @ self._bank_a[slots].mT
-        return y + strengths * (low @ self._bank_b[slots].mT)
+        # A strength keeps its float32 digits until it meets the product.
+        low = (strengths * (x @ self._bank_a[slots].mT)).to(x.dtype)
+        return y + low @ self._bank_b[slots].mT
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,8 @@ class StyleSlots:
         self._slots = slots
         self._max_rank = max_rank
         self._ignored = ignored
+        # Strengths reach 4; of the dtypes that banks have, only float16 is narrow enough to care.
+        self._largest = torch.finfo(dtype).max / 4 if dtype == torch.float16 else math.inf
         self._rows = _Rows()
         self._banks: dict[str, tuple[Tensor, Tensor]] = {}
         self._resident: OrderedDict[_Key, int] = OrderedDict()
@@ -174,7 +177,7 @@ class StyleSlots:
         bank = next(iter(self._banks.values()))[0]
         self._rows.slots = torch.tensor([worn.slot for worn in rows], device=bank.device)
         self._rows.strengths = torch.tensor(
-            [worn.strength for worn in rows], device=bank.device, dtype=bank.dtype
+            [worn.strength for worn in rows], device=bank.device, dtype=torch.float32
         ).view(-1, 1, 1)
 
     def _next_slot(self) -> tuple[int, _Key | None]:
@@ -203,6 +206,8 @@ class StyleSlots:
                     f"styles: {target}: factors {tuple(a.shape)} and {tuple(b.shape)} do not fit a "
                     f"{expected[0]} -> {expected[1]} layer"
                 )
+            if self._largest < math.inf and max(float(a.abs().max()), float(b.abs().max())) > self._largest:
+                raise EngineError(f"styles: {target}: values beyond {self._largest:g}; serve in bfloat16 to wear it")
         return reachable
 
     def _check_ranks(self, styles: Mapping[str, Factors]) -> None:

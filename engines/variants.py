@@ -80,7 +80,7 @@ def fuse_variant(transformer: nn.Module, variant: Variant) -> VariantFused:
             "choose one made for this model"
         )
     try:
-        for change in load_variant(variant.path):
+        for change in load_variant(variant.path, variant.sha256):
             _add(change, parameters[change.parameter].data, variant.path.name)
     except LoraError as error:
         raise ModelError(f"model_variant: {error}") from error
@@ -93,6 +93,8 @@ def _add(change: ParameterChange, parameter: Tensor, file: str) -> None:
     except LoraError as error:
         raise ModelError(f"model_variant: {file}: {error}") from error
     parameter.copy_(parameter.float() + delta.to(parameter.device))
+    if not parameter.isfinite().all():
+        raise ModelError(f"model_variant: {file}: {change.parameter} becomes NaN or infinity with it; export it again")
 
 
 def _some(names: Sequence[str]) -> str:

@@ -19,6 +19,7 @@ from cinecat.plugins.safetensors_header import SafetensorsHeader, TensorEntry, r
 if TYPE_CHECKING:
     from torch import Tensor
 
+_WHOLE_NUMBERS = ("I64", "I32")  # as torch.tensor(16) is saved
 _FLOATS = ("F32", "F16", "BF16", "F64")
 
 
@@ -109,6 +110,7 @@ class AdapterFile:
 
         entry = self._tensors[key]
         dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+        dtypes |= {"I64": torch.int64, "I32": torch.int32}
         data = bytearray(entry.size)
         self._file.seek(entry.offset)
         if self._file.readinto(data) != entry.size:
@@ -132,7 +134,7 @@ def open_adapter(path: Path, sha256: str = "") -> Iterator[AdapterFile]:
     try:
         with path.open("rb") as file:
             if sha256 and hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-                raise LoraError("it was replaced since the request was accepted; ask again")
+                raise LoraError("it was replaced meanwhile; try again")
             yield _checked(file)
     except LoraError as error:
         raise LoraError(f"{path.name}: {error}") from error
@@ -144,9 +146,10 @@ def _checked(file: BufferedReader) -> AdapterFile:
     header = read_header(file)
     name, layout = installed_formats().read(header)
     used = [key for keys in layout.factors.values() for key in (keys.down, keys.up, keys.alpha, keys.bias) if key]
+    alphas = {keys.alpha for keys in layout.factors.values()}
     for key in (*used, *layout.differences.values()):
         entry = header.tensors[key]
-        if entry.dtype not in _FLOATS:
+        if entry.dtype not in _FLOATS and not (key in alphas and entry.dtype in _WHOLE_NUMBERS):
             raise LoraError(f"{quoted_key(key)} has dtype {entry.dtype}; save it as F32, F16 or BF16")
         if 0 in entry.shape:
             raise LoraError(f"{quoted_key(key)} has shape {list(entry.shape)}, which holds nothing; export it again")

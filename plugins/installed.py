@@ -12,6 +12,7 @@ one left behind in folders with a dot is removed by `clear_leftovers`.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import secrets
@@ -22,7 +23,7 @@ from types import TracebackType
 from typing import BinaryIO
 
 from cinecat.plugins.durable import sync
-from cinecat.plugins.errors import LoraError, StyleError
+from cinecat.plugins.errors import LoraError, StyleError, quoted
 from cinecat.plugins.finite import check_finite
 from cinecat.plugins.lora import LoraHeader, inspect_lora
 from cinecat.plugins.manifest import MANIFEST_NAME, MAX_PREVIEW_BYTES, StyleManifest, write_manifest
@@ -31,6 +32,16 @@ from cinecat.plugins.sources import FolderSource, Origin
 
 _INCOMING = ".incoming-"
 _REMOVED = ".removed-"
+
+# Where and how previews begin.
+_MAGIC: dict[str, tuple[int, bytes]] = {
+    ".png": (0, b"\x89PNG\r\n\x1a\n"),
+    ".jpg": (0, b"\xff\xd8\xff"),
+    ".jpeg": (0, b"\xff\xd8\xff"),
+    ".webp": (8, b"WEBP"),
+    ".mp4": (4, b"ftyp"),
+    ".webm": (0, b"\x1a\x45\xdf\xa3"),
+}
 
 
 class UploadError(StyleError):
@@ -74,13 +85,14 @@ class InstalledStyles:
     def begin(self, max_bytes: int) -> StagedStyle:
         """A place for the files of a style of at most `max_bytes`; use it as a context manager."""
         folder = self._root / f"{_INCOMING}{secrets.token_hex(8)}"
-        folder.mkdir()
+        folder.mkdir(parents=True)
         return StagedStyle(self._root, folder, max_bytes)
 
     def folder(self, name: str, version: str) -> Path | None:
         """Where a style was published, whether or not it can still be offered."""
         label = f"{name}@{version}"
-        return next((folder for folder in self._root.iterdir() if folder.name == label), None)
+        folders = self._root.iterdir() if self._root.is_dir() else ()
+        return next((folder for folder in folders if folder.name == label), None)
 
     def remove(self, folder: Path) -> None:
         """Takes a published style away.
@@ -101,6 +113,7 @@ class StagedStyle:
     Attributes:
         sha256: of the weights that have arrived, in hexadecimal.
         size_bytes: of the weights that have arrived.
+        preview: the bytes of it that have arrived.
     """
 
     def __init__(self, root: Path, folder: Path, max_bytes: int) -> None:
@@ -108,7 +121,7 @@ class StagedStyle:
         self._folder = folder
         self._max_bytes = max_bytes
         self._weights: BinaryIO = (folder / "weights").open("wb")
-        self._preview = b""
+        self.preview = b""
         self._start = b""
         self._digest = hashlib.sha256()
         self.size_bytes = 0
@@ -119,7 +132,8 @@ class StagedStyle:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._weights.close()
+        with contextlib.suppress(OSError):  # a full disk refuses what is still in the buffer
+            self._weights.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     @property
@@ -148,8 +162,8 @@ class StagedStyle:
         Raises:
             UploadError: the file is too large.
         """
-        self._preview += data
-        if len(self._preview) > MAX_PREVIEW_BYTES:
+        self.preview += data
+        if len(self.preview) > MAX_PREVIEW_BYTES:
             raise UploadError("preview", f"has more than {MAX_PREVIEW_BYTES} bytes; make it smaller")
 
     def check(self, manifest: StyleManifest) -> LoraHeader:
@@ -164,9 +178,11 @@ class StagedStyle:
                 "sha256",
                 f"is {manifest.sha256[:12]}..., but the file that arrived has {self.sha256[:12]}...; send it again",
             )
-        if bool(manifest.preview) != bool(self._preview):
+        if bool(manifest.preview) != bool(self.preview):
             missing = "was announced and did not arrive" if manifest.preview else "arrived and was not announced"
             raise UploadError("preview", missing)
+        if manifest.preview and not _is_preview(Path(manifest.preview).suffix, self.preview):
+            raise UploadError("preview", f"is not what its name {quoted(manifest.preview)} says; name it by its format")
         # Messages name the file as the manifest does.
         path = self._folder / manifest.weights
         Path(self._weights.name).replace(path)
@@ -185,7 +201,7 @@ class StagedStyle:
         """
         os.fsync(self._weights.fileno())
         if manifest.preview:
-            _write(self._folder / manifest.preview, self._preview)
+            _write(self._folder / manifest.preview, self.preview)
         described = replace(manifest, sha256=self.sha256)
         _write(self._folder / MANIFEST_NAME, write_manifest(described).encode())
         sync(self._folder)
@@ -197,8 +213,18 @@ class StagedStyle:
                 taken = f"{manifest.name} {manifest.version} is installed; give it a new version"
                 raise VersionTaken(taken) from error
             raise
-        sync(self._root)
+        try:
+            sync(self._root)
+        except OSError:
+            target.rename(self._folder)  # what is reported as failed must not appear
+            raise
         return target
+
+
+def _is_preview(suffix: str, data: bytes) -> bool:
+    """Whether a file begins as files of that suffix do."""
+    offset, magic = _MAGIC[suffix]
+    return data[offset : offset + len(magic)] == magic
 
 
 def _check_start(start: bytes) -> None:

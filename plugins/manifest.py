@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from cinecat.plugins.errors import StyleError, near_miss, quoted
 
 T = TypeVar("T")
+
+# tomllib takes time by the square of the parts of a dotted key and more: seconds for a few kilobytes.
+_KEY_PARTS = 8
+_DEEP_KEY = re.compile(rf"(?:[\w-]*[ \t]*\.[ \t]*){{{_KEY_PARTS}}}")
+_STRINGS = re.compile(r'"""(?:[^\\]|\\.)*?"""|' r"'''.*?'''|" r'"(?:[^"\\\n]|\\.)*"|' r"'[^'\n]*'|#[^\n]*", re.DOTALL)
 
 MANIFEST_NAME = "style.toml"
 MAX_MANIFEST_BYTES = 64 * 1024
@@ -32,6 +38,15 @@ PREVIEW_TYPES = {
 _LINE = r"^[^\x00-\x1f\x7f]*$"
 _Line = Annotated[str, Field(max_length=200, pattern=_LINE, description="one line of at most 200 characters")]
 _TriggerWord = Annotated[str, Field(min_length=1, max_length=64, pattern=_LINE)]
+
+
+def _fits_a_file_system(name: str) -> str:
+    if len(name.encode()) > 255:  # a ValueError too: a character that is none
+        raise ValueError(name)
+    return name
+
+
+_FileName = Annotated[str, AfterValidator(_fits_a_file_system)]
 _CONFIG = ConfigDict(strict=True, extra="forbid")
 
 
@@ -97,11 +112,11 @@ class StyleManifest:
         ),
     ]
     weights: Annotated[
-        str,
+        _FileName,
         Field(
-            max_length=255,
             pattern=r"^[^/\\.\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]*\.safetensors$",
-            description="the name of a .safetensors file in the style's own folder, without a path",
+            description="the name of a .safetensors file in the style's own folder, without a path, of at most 255 "
+            "bytes",
         ),
     ]
     description: Annotated[str, Field(max_length=2000, description="text of at most 2000 characters")] = ""
@@ -132,12 +147,11 @@ class StyleManifest:
     author: _Line = ""
     # A picture or a short clip of what the style does.
     preview: Annotated[
-        str,
+        _FileName,
         Field(
-            max_length=255,
             pattern=r"^([^/\\.\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]*\.(png|jpg|jpeg|webp|mp4|webm))?$",
             description="the name of a .png, .jpg, .jpeg, .webp, .mp4 or .webm file in the style's own folder, "
-            "without a path",
+            "without a path, of at most 255 bytes",
         ),
     ] = ""
     base_dims: Annotated[
@@ -204,6 +218,8 @@ def parse_manifest(text: str) -> StyleManifest:
     Raises:
         ManifestError: naming the key that is wrong and what it allows.
     """
+    if _DEEP_KEY.search(_STRINGS.sub("", text)):
+        raise ManifestError("", f"has a key of more than {_KEY_PARTS} parts; no key here has more than two")
     try:
         table = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # a ValueError: also a number of too many digits
@@ -268,7 +284,7 @@ def _text(path: Path) -> str:
     if len(data) > MAX_MANIFEST_BYTES:
         raise ManifestError("", f"has more than {MAX_MANIFEST_BYTES} bytes; shorten it")
     try:
-        return data.decode()
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ManifestError("", "is not UTF-8 text; save it as UTF-8") from error
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cinecat.plugins.errors import StyleError, near_miss, quoted
+from cinecat.plugins.errors import StyleError, near_miss, quoted, shown
 from cinecat.plugins.lora import LoraHeader, inspect_lora
 from cinecat.plugins.manifest import MANIFEST_NAME, StyleManifest, read_manifest
 from cinecat.plugins.sources import FolderSource, Place, SourceError, StyleSource
@@ -156,7 +156,7 @@ class StyleRegistry:
                 outcome = StyleProblem(
                     outcome.folder,
                     f"{MANIFEST_NAME}: {outcome.manifest.name} {outcome.manifest.version} is already offered by "
-                    f"{first.folder}; change name or version",
+                    f"{shown(first.folder)}; change name or version",
                 )
             problems.append(outcome)
         ordered = sorted(offered, key=lambda key: (key[0], [-part for part in key[1]]))
@@ -179,6 +179,8 @@ def _read_folder(place: Place) -> _Entry:
         outcome = StyleProblem(folder, f"{error}")
     except OSError as error:
         outcome = StyleProblem(folder, f"cannot be read ({error.strerror})")
+    except RecursionError:
+        outcome = StyleProblem(folder, f"{MANIFEST_NAME} holds tables in tables; keep to its keys")
     recent = any(signature is not None and abs(now - signature[3]) < _UNSETTLED_NS for signature in signatures.values())
     # Without a manifest it is not known which file would mend the folder; reading it again costs little.
     return _Entry(outcome, signatures, settled=understood and not recent)

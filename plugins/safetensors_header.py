@@ -78,7 +78,10 @@ def read_header(file: BinaryIO) -> SafetensorsHeader:
 
 def _parse(data: bytes) -> dict[str, Any]:
     try:
-        fields = json.loads(data.decode(), object_pairs_hook=_unique)
+        text = data.decode()
+        fields = json.loads(text, object_pairs_hook=_unique)
+        if "\\u" in text:
+            json.dumps(fields, ensure_ascii=False).encode()  # half a surrogate pair is no text, and no answer holds it
     except (ValueError, RecursionError) as error:
         raise LoraError("it is not a safetensors file: its header is not JSON; convert it to safetensors") from error
     if not isinstance(fields, dict):

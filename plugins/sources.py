@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 
-from cinecat.plugins.errors import StyleError, quoted
+from cinecat.plugins.errors import StyleError, quoted, shown
 from cinecat.plugins.manifest import MANIFEST_NAME
 
 GROUP = "cinecat.styles"
@@ -84,7 +84,7 @@ class FolderSource:
         try:
             folders = list(_style_folders(self.root))
         except OSError as error:
-            yield SourceError(str(self.root), f"cannot be listed ({error.strerror})")
+            yield SourceError(shown(self.root), f"cannot be listed ({error.strerror})")
             return
         for folder in folders:
             yield Place(folder, self.origin)
@@ -108,10 +108,11 @@ class PackageSource:
             try:
                 folders = [folder] if _has_manifest(folder) else list(_style_folders(folder))
             except OSError as error:
-                yield SourceError(provider, f"{folder} cannot be listed ({error.strerror})")
+                yield SourceError(provider, f"{shown(folder)} cannot be listed ({error.strerror})")
                 continue
             if not folders:
-                yield SourceError(provider, f"there is no {MANIFEST_NAME} in {folder} or in a folder of it; add one")
+                missing = f"there is no {MANIFEST_NAME} in {shown(folder)} or in a folder of it; add one"
+                yield SourceError(provider, missing)
             for each in folders:
                 yield Place(each, Origin.PACKAGE, provider)
 

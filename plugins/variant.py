@@ -86,13 +86,17 @@ def read_variant(path: Path) -> VariantHeader:
         return VariantHeader(adapter.shapes, differences, adapter.format, adapter.ignored)
 
 
-def load_variant(path: Path) -> Iterator[ParameterChange]:
+def load_variant(path: Path, sha256: str = "") -> Iterator[ParameterChange]:
     """Reads a file's changes one after another, so that no more than one is in memory.
 
+    Args:
+        sha256: that the contents must have, in hexadecimal; empty to take what is there.
+
     Raises:
-        LoraError: as `read_variant`, at the first step; or, when it is reached, a tensor holds NaN or infinity.
+        LoraError: as `read_variant`, or the contents are not what they must be, at the first step; or, when it is
+            reached, a tensor holds NaN or infinity.
     """
-    with open_adapter(path) as adapter:
+    with open_adapter(path, sha256) as adapter:
         for module in adapter.shapes:
             yield ParameterChange(f"{module}.weight", adapter.factors(module))
         for module in adapter.biases:

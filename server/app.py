@@ -234,6 +234,9 @@ def _registry(settings: Settings, installed: InstalledStyles) -> StyleRegistry:
     for problem in installed_formats().problems:
         log.warning("adapter format not usable", entry_point=problem.entry_point, reason=problem.reason)
     folders = [FolderSource(path.expanduser()) for path in settings.styles_dirs]
+    for folder in folders:
+        if not folder.root.is_dir():
+            log.warning("styles folder is not there; it is watched", folder=str(folder.root))
     return StyleRegistry([FolderSource(BUNDLED, Origin.BUNDLED), *folders, installed.source, PackageSource()])
 
 
@@ -253,6 +256,7 @@ def _core_config(settings: Settings) -> CoreConfig:
         style_slots=settings.style_slots,
         max_rank=settings.max_rank,
         cache_bytes=settings.cache_mib * 2**20,
+        style_cache_bytes=settings.style_cache_mib * 2**20,
         model_variant="" if settings.model_variant is None else str(settings.model_variant.expanduser()),
     )
 

@@ -62,6 +62,7 @@ class CoreProcess:
         self._metrics = metrics
         self._process: BaseProcess | None = None
         self._connection: Connection | None = None
+        self._fingerprint = ""  # of the model that was loaded first
         self.died = asyncio.Event()
         # A single thread: calls queue up behind the one that blocks in it.
         self._caller = ThreadPoolExecutor(1, thread_name_prefix="core")
@@ -77,25 +78,33 @@ class CoreProcess:
             ModelError: the model cannot be served here.
             CoreDied: the process ended while loading.
         """
-        process = await self._in_thread(self._spawn)
-        self.died = died = asyncio.Event()
         loop = asyncio.get_running_loop()
+        self.died = died = asyncio.Event()
 
-        def on_death() -> None:
-            loop.remove_reader(process.sentinel)
-            died.set()
+        def watch(sentinel: int) -> None:
+            def on_death() -> None:
+                loop.remove_reader(sentinel)
+                died.set()
 
-        loop.add_reader(process.sentinel, on_death)
-        answer = await self._in_thread(self._receive)
-        while isinstance(answer, SlotMemory | VariantFused):
-            _tell(answer)
-            answer = await self._in_thread(self._receive)
-        ready = _expect(answer, Ready)
-        log.info("engine core ready", pid=self.pid, model=ready.model.name, device=ready.model.device)
-        return ready.model
+            loop.add_reader(sentinel, on_death)
+
+        def begin() -> ModelInfo:
+            # All of it at once, so that no call takes an answer that belongs to the start.
+            process = self._spawn()
+            loop.call_soon_threadsafe(watch, process.sentinel)
+            return self._loaded()
+
+        model: ModelInfo = await self._in_thread(begin)
+        log.info("engine core ready", pid=self.pid, model=model.name, device=model.device)
+        return model
 
     async def restart(self) -> None:
-        """Replaces a core that died. Raises as `start` does."""
+        """Replaces a core that died.
+
+        Raises:
+            ModelError: the model's files are no longer those that the server started with.
+            CoreDied: the process ended while loading.
+        """
         await self._in_thread(self._kill)
         self._metrics.core_restarts.inc()
         await self.start()
@@ -107,15 +116,17 @@ class CoreProcess:
             EngineError: the engine refused or failed; OutOfMemory, NoFreeSlot and EngineFault tell it apart.
             CoreDied: there is no engine any more.
         """
+        died = self.died
         try:
             reply = await self._in_thread(lambda: self._roundtrip(call))
         except CoreDied:
-            self.died.set()
+            died.set()
             raise
-        if isinstance(reply, Failure) and reply.fatal:
+        lost = not isinstance(reply, (Failure, answer))  # calls and answers are out of step
+        if lost or (isinstance(reply, Failure) and reply.fatal):
             # It is leaving; nobody else may be sent to it meanwhile.
             self.kill()
-            self.died.set()
+            died.set()
         return _expect(reply, answer)
 
     def kill(self) -> None:
@@ -130,6 +141,19 @@ class CoreProcess:
         except TimeoutError:
             self.kill()
             await self._in_thread(self._kill)
+
+    def _loaded(self) -> ModelInfo:
+        """Waits until the model is there, and is the one that it was before."""
+        answer = self._receive()
+        while isinstance(answer, SlotMemory | VariantFused):
+            _tell(answer)
+            answer = self._receive()
+        model = _expect(answer, Ready).model
+        if self._fingerprint not in ("", model.fingerprint):
+            self.kill()
+            raise ModelError(f"model: the files of {model.name} have changed under the server; start it again")
+        self._fingerprint = model.fingerprint
+        return model
 
     def _spawn(self) -> BaseProcess:
         context = multiprocessing.get_context("spawn")

@@ -8,6 +8,7 @@ core compares the fingerprint when it reads the weights and refuses what has cha
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import shutil
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cinecat.plugins.durable import sync
+from cinecat.plugins.registry import UnknownStyle
 
 _NO_WEIGHTS: Mapping[str, Path] = MappingProxyType({})
 
@@ -37,7 +39,11 @@ class JobInputs:
         self._lock = threading.Lock()
 
     def save(self, job_id: str, frame: NDArray[np.uint8], weights: Mapping[str, Path] = _NO_WEIGHTS) -> None:
-        """Keeps uint8 [height, width, 3], exactly, and LoRA files by their fingerprint. All of it, or nothing."""
+        """Keeps uint8 [height, width, 3], exactly, and LoRA files by their fingerprint. All of it, or nothing.
+
+        Raises:
+            UnknownStyle: a LoRA file is gone.
+        """
         staging = self._path(job_id).with_suffix(".tmp")
         try:
             for fingerprint, path in weights.items():
@@ -47,6 +53,7 @@ class JobInputs:
                 file.flush()
                 os.fsync(file.fileno())  # the database says that it is there
             staging.rename(self._path(job_id))
+            sync(self._folder)
         except BaseException:
             staging.unlink(missing_ok=True)
             self.delete(job_id)
@@ -68,12 +75,17 @@ class JobInputs:
     def delete(self, job_id: str) -> None:
         """Forgets a job; weights go with the last job that keeps them."""
         self._path(job_id).unlink(missing_ok=True)
+        unused = []
         with self._lock:
             for fingerprint in [name for name, jobs in self._wearers.items() if job_id in jobs]:
                 self._wearers[fingerprint].discard(job_id)
                 if not self._wearers[fingerprint]:
                     del self._wearers[fingerprint]
-                    shutil.rmtree(self._weights / fingerprint, ignore_errors=True)
+                    unused.append(self._weights / f".{secrets.token_hex(4)}")
+                    with contextlib.suppress(FileNotFoundError):
+                        (self._weights / fingerprint).rename(unused[-1])
+        for folder in unused:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def keep_only(self, jobs: Mapping[str, Iterable[str]]) -> None:
         """Removes what former servers left for jobs that were never accepted or have ended.
@@ -104,18 +116,23 @@ class JobInputs:
             return
         staging = folder / f".{secrets.token_hex(4)}"
         try:
-            os.link(source.resolve(), staging)
-        except FileNotFoundError:
-            raise
-        except OSError:  # another filesystem, or one without links
-            shutil.copyfile(source, staging)
-            sync(staging)
+            _link_or_copy(source, staging)
+        except FileNotFoundError as error:
+            raise UnknownStyle(f"styles: {source.name} was removed just now; ask again") from error
         staging.rename(folder / source.name)
         sync(folder)
         sync(self._weights)
 
     def _path(self, job_id: str) -> Path:
         return self._folder / f"{job_id}.png"
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source.resolve(), target)
+    except OSError:  # another filesystem, or one without links
+        shutil.copyfile(source, target)
+        sync(target)
 
 
 def _only_file(folder: Path) -> Path | None:

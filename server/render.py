@@ -171,6 +171,9 @@ class Rendering:
         self._stop_if_asked()
         conditioned = await r.core.call(Condition(shot), Conditioned)
         r.catalogue.activity.resident = conditioned.resident
+        if live.attempts == 0:
+            for style in shot.styles:
+                r.catalogue.activity.used(style.fingerprint)
         self._tally.timings += conditioned.timings
         self._tally.tokens_used, self._tally.tokens_uniform = conditioned.tokens_used, conditioned.tokens_uniform
         live.job.notes.extend(note for note in conditioned.notes if note not in live.job.notes)

@@ -54,6 +54,11 @@ class Settings(BaseModel):
     style_slots: int = Field(8, ge=1, le=1024, description="styles resident at once")
     max_rank: int = Field(32, ge=1, le=512, description="LoRA rank of a slot, summed over styles worn together")
     cache_mib: int = Field(1024, ge=0, description="memory for encoded prompts, images and conditions")
+    style_cache_mib: int = Field(
+        2048,
+        ge=0,
+        description="memory for styles as they were read; one that has no slot then gets it by a copy",
+    )
 
     data_dir: Path = Field(default_factory=_state_folder, description="job database, inputs and uploaded styles")
     artifact_url: str = Field("", description="fsspec URL for finished clips; empty puts them into data_dir")
@@ -80,6 +85,11 @@ class Settings(BaseModel):
     @classmethod
     def _split_paths(cls, value: object) -> object:
         return tuple(part for part in value.split(os.pathsep) if part) if isinstance(value, str) else value
+
+    @field_validator("model_variant", mode="before")
+    @classmethod
+    def _none_when_empty(cls, value: object) -> object:
+        return None if value == "" else value
 
     @field_validator("address")
     @classmethod

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -14,6 +15,7 @@ from typing import Any, TypeVar
 import grpc
 import structlog
 
+from cinecat.plugins.errors import shown
 from cinecat.plugins.installed import InstalledStyles, StagedStyle, UploadError, VersionTaken
 from cinecat.plugins.manifest import (
     MAX_MANIFEST_BYTES,
@@ -33,6 +35,8 @@ T = TypeVar("T")
 # Each may fill the disk with a file of the largest size.
 MAX_UPLOADS = 4
 IDLE_SECONDS = 60.0
+# An upload that trickles would hold its place for ever.
+LEAST_BYTES_A_SECOND = 16 * 1024
 
 _SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 _UNVERSIONED = "0.0.0"
@@ -81,6 +85,7 @@ class StyleInstaller:
         self._max_bytes = max_bytes
         self._idle_seconds = idle_seconds
         self._busy: set[str] = set()
+        self._uploads = 0
 
     async def install(self, parts: AsyncIterator[styles_pb2.InstallStyleRequest]) -> Installation:
         """Takes an upload in, checks it and publishes it; whatever goes wrong, nothing of it stays.
@@ -93,11 +98,12 @@ class StyleInstaller:
         if first is None or first.WhichOneof("part") != "upload":
             raise invalid([Violation("upload", "must come first, and before any bytes")])
         upload = first.upload
-        announced = self._announced(upload)
-        with self._claim(announced.manifest.name), _explained():
+        announced = await asyncio.to_thread(self._announced, upload)
+        with self._claim(announced.manifest.name, uploads=1), _explained():
             announced = await asyncio.to_thread(self._numbered, announced)
             # Nothing is sent in vain where the checksum tells that it is there.
-            if upload.sha256 and (same := await asyncio.to_thread(self._existing, announced, upload.sha256.lower())):
+            sha256 = upload.sha256.lower()
+            if sha256 and (same := await asyncio.to_thread(self._existing, announced, sha256, None)):
                 return Installation(same, unchanged=True)
             # Not in a thread: a call that is cancelled meanwhile would leave the folder behind.
             with self._installed.begin(self._max_bytes) as staged:
@@ -171,11 +177,16 @@ class StyleInstaller:
             return announced
         versions = self._catalogue.versions(announced.manifest.name)
         major, minor, patch = versions[0].manifest.version_key if versions else (1, 0, -1)
-        version = f"{major}.{minor}.{patch + 1}"
+        version = _after(major, minor, patch)
+        while self._installed.folder(announced.manifest.name, version) is not None:  # one that cannot be offered
+            version = _after(*map(int, version.split(".")))
         return replace(announced, manifest=replace(announced.manifest, version=version))
 
-    def _existing(self, announced: _Announced, sha256: str) -> Style | None:
+    def _existing(self, announced: _Announced, sha256: str, preview: bytes | None) -> Style | None:
         """The style that an upload would only repeat.
+
+        Args:
+            preview: that was sent; None before anything was.
 
         Raises:
             RequestError: its version is taken by something else.
@@ -183,19 +194,32 @@ class StyleInstaller:
         manifest = announced.manifest
         for style in self._catalogue.versions(manifest.name):
             taken = style.manifest.version == manifest.version
-            same = style.fingerprint == sha256 and _alike(style.manifest, manifest, numbered=announced.numbered)
+            alike = style.fingerprint == sha256 and _alike(style.manifest, manifest, numbered=announced.numbered)
+            if alike and manifest.preview and preview is None:
+                return None  # that is still to be compared
+            same = alike and (not manifest.preview or _preview(style) == preview)
             if same and (taken or announced.numbered):
                 return style
             if taken:
                 what = "other weights" if style.fingerprint != sha256 else "another style.toml"
+                what = "another preview" if alike else what
                 problem = f"{manifest.name} {manifest.version} exists with {what}; give this one a new version"
                 raise _taken(announced, problem)
+            if reason := _stays(style):
+                # A newer version would change what everybody gets who asks for the name alone.
+                problem = f"{reason}; give yours another name"
+                violation = Violation("name", problem)
+                raise RequestError(grpc.StatusCode.FAILED_PRECONDITION, f"name: {problem}", [violation])
         return None
 
     async def _receive(
         self, parts: AsyncIterator[styles_pb2.InstallStyleRequest], staged: StagedStyle, announced_bytes: int
     ) -> None:
+        started = time.monotonic()
         while (part := await self._next(parts)) is not None:
+            if time.monotonic() - started > self._idle_seconds + staged.size_bytes / LEAST_BYTES_A_SECOND:
+                slow = f"the upload sends less than {LEAST_BYTES_A_SECOND} bytes a second; start it again"
+                raise RequestError(grpc.StatusCode.DEADLINE_EXCEEDED, slow)
             match part.WhichOneof("part"):
                 case "weights":
                     if announced_bytes and staged.size_bytes + len(part.weights) > announced_bytes:
@@ -214,7 +238,7 @@ class StyleInstaller:
     def _finish(self, announced: _Announced, staged: StagedStyle) -> Installation:
         manifest = announced.manifest
         header = staged.check(manifest)
-        if (same := self._existing(announced, staged.sha256)) is not None:
+        if (same := self._existing(announced, staged.sha256, staged.preview)) is not None:
             return Installation(same, unchanged=True)
         if misfit := self._catalogue.misfit(manifest, header):
             raise RequestError(
@@ -267,20 +291,22 @@ class StyleInstaller:
             raise RequestError(grpc.StatusCode.DEADLINE_EXCEEDED, idle) from error
 
     @contextmanager
-    def _claim(self, name: str) -> Iterator[None]:
+    def _claim(self, name: str, uploads: int = 0) -> Iterator[None]:
         if name in self._busy:
             busy = f"another upload or removal of {name!r} is running; try again when it has ended"
             raise RequestError(grpc.StatusCode.ABORTED, busy)
-        if len(self._busy) >= MAX_UPLOADS:
+        if self._uploads + uploads > MAX_UPLOADS:
             raise RequestError(
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
                 f"{MAX_UPLOADS} uploads are running, which is all that may; try later",
             )
         self._busy.add(name)
+        self._uploads += uploads
         try:
             yield
         finally:
             self._busy.discard(name)
+            self._uploads -= uploads
 
 
 @contextmanager
@@ -309,6 +335,13 @@ async def _to_the_end(work: Callable[[], T]) -> T:
         raise
 
 
+def _after(major: int, minor: int, patch: int) -> str:
+    """The next version; its numbers have at most nine digits."""
+    if patch + 1 < 10**9:
+        return f"{major}.{minor}.{patch + 1}"
+    return f"{major}.{minor + 1}.0" if minor + 1 < 10**9 else f"{major + 1}.0.0"
+
+
 def _taken(announced: _Announced, problem: str) -> RequestError:
     field = "upload.toml" if announced.fields == "toml" else "upload.fields.version"
     return RequestError(grpc.StatusCode.ALREADY_EXISTS, f"{field}: {problem}", [Violation(field, problem)])
@@ -319,6 +352,13 @@ def _alike(there: StyleManifest, sent: StyleManifest, *, numbered: bool) -> bool
     ignored = {"weights", "sha256", *(("version",) if numbered else ())}
     ours, theirs = asdict(there), asdict(sent)
     return all(ours[key] == theirs[key] for key in ours if key not in ignored)
+
+
+def _preview(style: Style) -> bytes:
+    try:
+        return (style.folder / style.manifest.preview).read_bytes()
+    except OSError:
+        return b""
 
 
 def _stays(style: Style) -> str:
@@ -332,7 +372,7 @@ def _stays(style: Style) -> str:
         case Origin.PACKAGE:
             return f"{name!r} comes with the Python package {style.place.provider}; uninstall that"
         case _:
-            return f"{name!r} was not uploaded; its folder {style.folder} is the operator's to remove"
+            return f"{name!r} was not uploaded; its folder {shown(style.folder)} is the operator's to remove"
 
 
 def _set_fields(message: Any) -> dict[str, float]:

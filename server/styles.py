@@ -154,7 +154,7 @@ class StyleCatalogue:
         )
 
     def uses(self, styles: Sequence[clip_pb2.StyleRef], kept: Callable[[str], Path | None]) -> tuple[StyleUse, ...]:
-        """The files behind the references of an accepted job, which begins now.
+        """The files behind the references of an accepted job.
 
         Args:
             kept: the file that is kept for accepted jobs under a fingerprint, if there is one.
@@ -163,10 +163,7 @@ class StyleCatalogue:
             UnknownStyle: one was removed since the request was accepted, and its file was not kept.
             StyleChanged: one has other weights since, and its file was not kept.
         """
-        uses = tuple(self._use(ref, kept) for ref in styles)
-        for use in uses:
-            self.activity.used(use.fingerprint)
-        return uses
+        return tuple(self._use(ref, kept) for ref in styles)
 
     def _use(self, ref: clip_pb2.StyleRef, kept: Callable[[str], Path | None]) -> StyleUse:
         path = kept(ref.fingerprint)

@@ -65,10 +65,11 @@ def check_clip(clip: clip_pb2.ClipSpec, model: models_pb2.Model, catalogue: Styl
         *_styles(clip, resolved, model, catalogue, worn),
         *_image_bytes(clip, model.limits),
     ]
+    if violations:
+        raise invalid(violations)
     active = [style for style, ref in zip(worn, resolved.styles, strict=True) if ref.strength]
     style_notes = apply_style_defaults(clip, resolved, active, model.limits)
-    violations += _prompts_in_templates(clip, resolved, model.limits)
-    if violations:
+    if violations := _prompts_in_templates(resolved, model.limits):
         raise invalid(violations)
     try:
         image = decode_image(
@@ -96,11 +97,9 @@ def _prompts(clip: clip_pb2.ClipSpec, limits: models_pb2.ModelLimits) -> list[Vi
     ]
 
 
-def _prompts_in_templates(
-    clip: clip_pb2.ClipSpec, resolved: clip_pb2.ClipSpec, limits: models_pb2.ModelLimits
-) -> list[Violation]:
+def _prompts_in_templates(resolved: clip_pb2.ClipSpec, limits: models_pb2.ModelLimits) -> list[Violation]:
     allowed, count = limits.max_prompt_characters, len(resolved.prompt)
-    if len(clip.prompt) > allowed or count <= allowed:
+    if count <= allowed:
         return []
     return [
         Violation("clip.prompt", f"has {count} characters with its style's template, at most {allowed} are allowed")

@@ -68,7 +68,7 @@ class StyleUpload:
         given = {key: value for key, value in arguments.items() if value not in (None, "", [], ())}
         source = Path(path)
         if source.is_dir():
-            if given:
+            if given and (source / _MANIFEST_NAME).is_file():
                 names = ", ".join(given)
                 raise refuse([FieldViolation("path", f"{source} has a {_MANIFEST_NAME}, which says: {names}; edit it")])
             self._upload, self._weights, self._preview = _from_folder(source)
@@ -124,7 +124,7 @@ def _from_folder(folder: Path) -> _Parts:
     if not path.is_file():
         raise refuse([FieldViolation("path", f"{folder} has no {_MANIFEST_NAME}; add one, or send the weights file")])
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         table = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         raise refuse([FieldViolation("path", f"{path} is not valid TOML: {error}")]) from error
@@ -140,7 +140,11 @@ def _from_folder(folder: Path) -> _Parts:
 def _own_file(folder: Path, key: str, name: object) -> Path:
     """Only a file of the style's own folder is sent, whatever its style.toml says."""
     path = folder / str(name)
-    if not isinstance(name, str) or Path(name).name != name or not path.resolve().is_relative_to(folder.resolve()):
+    try:
+        inside = path.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError, ValueError):  # a link to itself; a NUL
+        inside = False
+    if not isinstance(name, str) or Path(name).name != name or not inside:
         raise refuse([FieldViolation(key, f"{name!r} is not the name of a file in {folder}")])
     if not path.is_file():
         raise refuse([FieldViolation(key, f"there is no file {name!r} in {folder}")])
@@ -168,6 +172,8 @@ def _from_file(path: Path, given: dict[str, Any]) -> _Parts:
             elif key in _SAMPLER:
                 setattr(fields.sampler, _SAMPLER[key], value)
             elif key == "trigger_words":
+                if isinstance(value, str):
+                    raise TypeError("a list of words is needed")
                 fields.trigger_words.extend(value)
         except (TypeError, ValueError) as error:
             raise refuse([FieldViolation(key, f"{value!r} cannot be sent: {error}")]) from error

@@ -104,5 +104,5 @@ def to_proto(error: RequestError) -> status_pb2.Status:
 
 
 def _cut(text: str, size: int) -> str:
-    encoded = text.encode()
-    return text if len(encoded) <= size else encoded[: max(0, size - 3)].decode(errors="ignore") + "…"
+    encoded = text.encode(errors="replace")
+    return encoded.decode() if len(encoded) <= size else encoded[: max(0, size - 3)].decode(errors="ignore") + "…"

@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeVar
 import grpc
 
 from cinecat.engines.messages import Answer, Call, StyleUse, Warm, Warmed
+from cinecat.plugins.errors import shown
 from cinecat.plugins.manifest import PREVIEW_TYPES
 from cinecat.plugins.registry import Style, UnknownStyle
 from cinecat.plugins.sources import Origin
@@ -24,7 +25,7 @@ from cinecat.v1 import styles_pb2, styles_pb2_grpc
 
 A = TypeVar("A", bound=Answer)
 
-_MAX_IGNORED_KEYS = 100
+_MAX_IGNORED_KEYS, _MAX_KEY = 100, 256
 _READ_OUT_SECONDS = 2.0
 _ORIGINS = {
     Origin.BUNDLED: styles_pb2.STYLE_ORIGIN_BUNDLED,
@@ -49,6 +50,8 @@ class StylesService(styles_pb2_grpc.StylesServicer):
         self._installer = installer
         self._inputs = inputs
         self._core = core
+        # One at a time, so that between two of them the core is the scheduler's.
+        self._warming = asyncio.Lock()
 
     async def ListStyles(  # noqa: N802
         self, request: styles_pb2.ListStylesRequest, context: grpc.aio.ServicerContext[Any, Any]
@@ -57,13 +60,12 @@ class StylesService(styles_pb2_grpc.StylesServicer):
         position = decode_token(request.page_token, int)
         start = 0 if position is None else int(position[0])
         styles = await asyncio.to_thread(self._catalogue.styles)
-        response = styles_pb2.ListStylesResponse(
-            styles=[self._to_proto(style) for style in styles[start : start + size]]
-        )
+        page = await asyncio.to_thread(lambda: [self._to_proto(style) for style in styles[start : start + size]])
+        response = styles_pb2.ListStylesResponse(styles=page)
         for style in response.styles:
             del style.ignored_keys[:]
         for problem in await asyncio.to_thread(self._catalogue.problems):
-            response.problems.add(folder=_text(problem.folder), reason=problem.reason)
+            response.problems.add(folder=shown(problem.folder), reason=problem.reason)
         if start + size < len(styles):
             response.next_page_token = encode_token(start + size)
         return response
@@ -88,6 +90,8 @@ class StylesService(styles_pb2_grpc.StylesServicer):
         except RequestError:
             await _read_out(request_iterator)
             raise
+        if installation.unchanged:
+            await _read_out(request_iterator)
         return styles_pb2.InstallStyleResponse(
             style=self._to_proto(installation.style), unchanged=installation.unchanged, notes=installation.notes
         )
@@ -109,7 +113,8 @@ class StylesService(styles_pb2_grpc.StylesServicer):
             problem = f"{style.manifest.name!r} {problem}"
             raise RequestError(grpc.StatusCode.FAILED_PRECONDITION, f"name: {problem}", [Violation("name", problem)])
         use = StyleUse(str(style.weights_path), style.fingerprint, 1.0)
-        warmed = await self._core.call(Warm(use), Warmed)
+        async with self._warming:
+            warmed = await self._core.call(Warm(use), Warmed)
         self._catalogue.activity.resident = warmed.resident
         return self._to_proto(style)
 
@@ -145,12 +150,13 @@ class StylesService(styles_pb2_grpc.StylesServicer):
             format=header.format,
             ignored_key_count=len(ignored),
             origin=_ORIGINS[style.place.origin],
-            provider=style.place.provider or _text(style.folder),
+            provider=style.place.provider or shown(style.folder),
             uses=uses,
             jobs=self._inputs.wearers(style.fingerprint),
         )
         for each in ignored[:_MAX_IGNORED_KEYS]:
-            answer.ignored_keys.add(key=each.key, reason=each.reason)
+            key = each.key if len(each.key) <= _MAX_KEY else f"{each.key[: _MAX_KEY - 3]}..."
+            answer.ignored_keys.add(key=key, reason=each.reason)
         if manifest.preview:
             _describe_preview(answer.preview, style.folder / manifest.preview)
         if last_use_ns:
@@ -164,20 +170,18 @@ class StylesService(styles_pb2_grpc.StylesServicer):
 def _describe_preview(preview: styles_pb2.StylePreview, path: Path) -> None:
     preview.file_name = path.name
     preview.mime_type = PREVIEW_TYPES[path.suffix]
-    preview.size_bytes = path.stat().st_size if path.exists() else 0
+    with contextlib.suppress(OSError):  # taken away since
+        preview.size_bytes = path.stat().st_size
 
 
 def _given(numbers: Any) -> dict[str, Any]:
     return {name: value for name, value in asdict(numbers).items() if value is not None}
 
 
-def _text(path: Path) -> str:
-    """A name on disk need not be Unicode."""
-    return str(path).encode(errors="replace").decode()
-
-
 async def _read_out(messages: AsyncIterator[styles_pb2.InstallStyleRequest]) -> None:
-    """Lets a refused client finish what it is sending: grpc.aio clients lose an answer that overtakes their writes."""
+    """Lets a client that gets an early answer finish what it is sending: grpc.aio clients lose an answer that overtakes
+    their writes.
+    """
     with contextlib.suppress(TimeoutError, grpc.RpcError):
         async with asyncio.timeout(_READ_OUT_SECONDS):
             async for _ in messages:

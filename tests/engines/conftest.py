@@ -41,4 +41,5 @@ def config(micro: Path) -> CoreConfig:
         style_slots=2,
         max_rank=8,
         cache_bytes=2**24,
+        style_cache_bytes=2**24,
     )

@@ -140,9 +140,9 @@ def test_streamed_decoding_equals_decoding_at_once_also_for_two_clips_in_turn(mo
         torch.testing.assert_close(torch.cat([chunk[index] for chunk in streamed]), whole, rtol=1e-5, atol=1e-5)
 
 
-def style_file(path: Path, seed: int) -> StyleUse:
+def style_file(path: Path, seed: int, scale: float = 1.0) -> StyleUse:
     draw = torch.Generator().manual_seed(seed)
-    factors = {"A": torch.randn(2, 48, generator=draw), "B": torch.randn(48, 2, generator=draw)}
+    factors = {"A": scale * torch.randn(2, 48, generator=draw), "B": scale * torch.randn(48, 2, generator=draw)}
     save_file({f"transformer.blocks.0.attn2.to_q.lora_{name}.weight": value for name, value in factors.items()}, path)
     return StyleUse(str(path), hashlib.sha256(path.read_bytes()).hexdigest(), 1.0)
 
@@ -158,11 +158,32 @@ def test_a_warm_style_is_resident_and_read_no_more(core: EngineCore, tmp_path: P
     core.release("a")
 
 
+def test_a_style_that_was_read_is_not_read_again(core: EngineCore, tmp_path: Path) -> None:
+    styles = [style_file(tmp_path / f"{seed}.safetensors", seed) for seed in range(20, 30)]
+    for style in styles:
+        core.warm(style)
+    first = styles[0]
+    assert first.fingerprint not in {name for slot in core.residency() for name in slot.fingerprints}
+    Path(first.path).unlink()
+    core.warm(first)
+    assert first.fingerprint in {name for slot in core.residency() for name in slot.fingerprints}
+
+
+def test_a_clip_that_becomes_nan_fails_and_the_next_one_does_not(core: EngineCore, tmp_path: Path) -> None:
+    plain = render(core, SHOT)
+    wild = style_file(tmp_path / "wild.safetensors", seed=6, scale=1e30)
+    core.condition(replace(SHOT, styles=(wild,)))
+    with pytest.raises(EngineError, match="step 1 gave NaN or infinity; lower the strengths"):
+        core.step("a")
+    core.release("a")
+    assert torch.equal(render(core, SHOT), plain)
+
+
 def test_weights_written_over_in_place_are_refused_and_not_worn(core: EngineCore, tmp_path: Path) -> None:
     accepted = style_file(tmp_path / "dusk.safetensors", seed=2)
     style_file(tmp_path / "dusk.safetensors", seed=3)
     before = core.residency()
-    with pytest.raises(EngineError, match=r"styles: dusk\.safetensors: it was replaced since the request was accepted"):
+    with pytest.raises(EngineError, match=r"styles: dusk\.safetensors: it was replaced meanwhile"):
         core.condition(replace(SHOT, styles=(accepted,)))
     assert core.residency() == before
 

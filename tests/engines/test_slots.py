@@ -355,7 +355,10 @@ def compiled(blocks: nn.ModuleList, counter: CompileCounterWithBackend) -> Stack
     return torch.compile(stack, backend=counter, fullgraph=True, dynamic=False)
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "backend",
+    ["eager", pytest.param("aot_eager", marks=pytest.mark.slow), pytest.param("inductor", marks=pytest.mark.slow)],
+)
 def test_swaps_reach_compiled_code_and_compile_nothing(library: dict[str, Factors], backend: str) -> None:
     torch._dynamo.reset()
     counter = CompileCounterWithBackend(backend)

@@ -120,6 +120,20 @@ def test_a_variant_with_nan_is_refused(transformer: WanTransformer3DModel, path:
         fuse_variant(transformer, found(path))
 
 
+def test_a_variant_whose_sum_overflows_is_refused(transformer: WanTransformer3DModel, path: Path) -> None:
+    write_tensors(path, {"diffusion_model.blocks.0.norm3.diff": torch.full((DIM,), 1e30)})
+    with pytest.raises(ModelError, match=r"^model_variant: four-steps.*norm2\.weight becomes NaN or infinity with it"):
+        fuse_variant(transformer.half(), found(path))
+
+
+def test_a_variant_that_was_replaced_meanwhile_is_refused(transformer: WanTransformer3DModel, path: Path) -> None:
+    write_tensors(path, {"diffusion_model.blocks.0.norm3.diff": torch.full((DIM,), 1.0)})
+    variant = found(path)
+    write_tensors(path, {"diffusion_model.blocks.0.norm3.diff": torch.full((DIM,), 2.0)})
+    with pytest.raises(ModelError, match=r"^model_variant: four-steps.*was replaced meanwhile"):
+        fuse_variant(transformer, variant)
+
+
 def test_a_file_that_is_none_is_refused_before_the_model_is_loaded(path: Path) -> None:
     with pytest.raises(ModelError, match=r"^model_variant: four-steps\.safetensors: cannot be read"):
         find_variant(str(path))

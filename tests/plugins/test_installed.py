@@ -161,17 +161,26 @@ def test_a_number_that_is_not_finite_is_found_wherever_it_is(
         broken = tensor.clone()
         broken.view(-1)[index] = value
         save_file({"broken": broken, "fine": tensor}, tmp_path / "broken.safetensors")
-        with pytest.raises(LoraError, match=r"broken\.safetensors: 'broken' holds NaN or infinity"):
+        with pytest.raises(LoraError, match=r"broken\.safetensors: 'broken' holds NaN, infinity or values"):
             check_finite(tmp_path / "broken.safetensors")
 
 
 @pytest.mark.parametrize("dtype", _DTYPES)
 def test_the_largest_and_smallest_numbers_are_finite(tmp_path: Path, dtype: torch.dtype) -> None:
     limits = torch.finfo(dtype)
-    numbers = torch.tensor([limits.max, limits.min, limits.tiny, limits.smallest_normal / 2, -0.0], dtype=dtype)
+    largest = min(limits.max, 2.0**39)
+    numbers = torch.tensor([largest, -largest, limits.tiny, limits.smallest_normal / 2, -0.0], dtype=dtype)
     save_file({"numbers": numbers}, tmp_path / "numbers.safetensors")
 
     check_finite(tmp_path / "numbers.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_numbers_whose_products_would_overflow_are_refused(tmp_path: Path, dtype: torch.dtype) -> None:
+    save_file({"wild": torch.tensor([0.5, -(2.0**40)], dtype=dtype)}, tmp_path / "wild.safetensors")
+
+    with pytest.raises(LoraError, match=r"'wild' holds NaN, infinity or values beyond 2\^40"):
+        check_finite(tmp_path / "wild.safetensors")
 
 
 def test_numbers_that_are_no_floats_are_left_alone(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from cinecat.plugins.errors import LoraError
 from cinecat.plugins.lora import LoraShape, inspect_lora, load_lora
@@ -226,6 +226,17 @@ def test_the_scale_in_the_metadata_counts(tmp_path: Path, config: dict[str, Any]
     _, b = load_lora(write_lora(tmp_path / "sepia.safetensors", {TARGET: lora}, config=config))[TARGET]
 
     torch.testing.assert_close(b, scale * lora.b)
+
+
+def test_an_alpha_may_be_a_whole_number(tmp_path: Path) -> None:
+    lora = random_factors(4)
+    path = write_lora(tmp_path / "sepia.safetensors", {TARGET: lora})
+    tensors = load_file(path) | {f"transformer.{TARGET}.alpha": torch.tensor(8)}
+    save_file(tensors, path)
+
+    _, b = load_lora(path)[TARGET]
+
+    torch.testing.assert_close(b, 2.0 * lora.b)
 
 
 def test_a_targets_own_alpha_outweighs_the_metadata(tmp_path: Path) -> None:

@@ -82,6 +82,8 @@ def test_a_bare_file_is_sent_with_what_is_said_of_it(script: Script, twin: Twin,
         (TOML.replace("dusk.png", "link.png"), "preview", "is not the name of a file in"),
         (TOML.replace("dusk.png", "none.png"), "preview", "there is no file 'none.png'"),
         (TOML.replace('"dusk.png"', "7"), "preview", "is not the name of a file in"),
+        (TOML.replace("dusk.png", "loop.png"), "preview", "is not the name of a file in"),
+        (TOML.replace("dusk.png", "a\\u0000.png"), "preview", "is not the name of a file in"),
         ('name = "dusk"', "weights", "is missing"),
         ("name = ", "path", "is not valid TOML"),
     ],
@@ -91,6 +93,7 @@ def test_nothing_outside_the_folder_is_ever_sent(
 ) -> None:
     (folder.parent / "secret.safetensors").write_bytes(b"secret")
     (folder / "link.png").symlink_to(folder.parent / "secret.safetensors")
+    (folder / "loop.png").symlink_to(folder / "loop.png")
     (folder / "style.toml").write_text(toml)
     with pytest.raises(InvalidRequest, match=said) as refused:
         twin.call("install_style", folder)
@@ -107,6 +110,7 @@ def test_nothing_outside_the_folder_is_ever_sent(
         (".", {"name": "dusk"}, ["path"]),
         ("dusk.safetensors", {"name": "dusk", "steps": "four"}, ["steps"]),
         ("dusk.safetensors", {"name": "dusk", "default_strength": "much"}, ["default_strength"]),
+        ("dusk.safetensors", {"name": "dusk", "trigger_words": "dusk light"}, ["trigger_words"]),
     ],
 )
 def test_what_cannot_be_sent_is_refused_by_name(
@@ -194,6 +198,25 @@ def test_a_refused_upload_exits_2_and_names_the_field(script: Script, folder: Pa
 def test_people_read_what_was_done(arguments: list[str], said: str, capsys: Captured) -> None:
     assert run(["styles", *arguments]) == 0
     assert capsys.readouterr().out == said
+
+
+@pytest.mark.usefixtures("_server_in_environment")
+@pytest.mark.parametrize("option", [["--server", "127.0.0.1:1"], ["--json"]])
+def test_an_option_before_the_command_is_not_ignored(option: list[str], capsys: Captured) -> None:
+    assert run(["styles", *option, "remove", "noir@1.0"]) == 2
+    assert f"{option[0]} goes behind the command: cinecat styles remove" in "".join(capsys.readouterr())
+
+
+@pytest.mark.usefixtures("_server_in_environment")
+def test_a_name_that_is_no_text_is_a_usage_error(capsys: Captured) -> None:
+    assert run(["styles", "warm", "noir\udcff"]) == 2
+    assert "is not UTF-8 text" in capsys.readouterr().err
+
+
+def test_a_toml_with_a_byte_order_mark_is_sent_without_it(script: Script, twin: Twin, folder: Path) -> None:
+    (folder / "style.toml").write_text(TOML, encoding="utf-8-sig")
+    twin.call("install_style", folder)
+    assert sent(script)[0].toml == TOML
 
 
 @pytest.mark.usefixtures("_server_in_environment")

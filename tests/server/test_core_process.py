@@ -80,10 +80,63 @@ def test_calls_are_answered_and_failures_told_apart() -> None:
                 await core.call(Step("finds no slot"), Stepped)
             with pytest.raises(EngineFault, match="RuntimeError: no"):
                 await core.call(Step("breaks"), Stepped)
-            with pytest.raises(EngineFault, match="answered Released where Stepped was due"):
-                await core.call(Step("answers wrongly"), Stepped)
             assert await core.call(Release("any"), Released) == Released()
             assert not core.died.is_set()
+        finally:
+            await core.stop()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.usefixtures("stub")
+def test_a_core_that_is_out_of_step_with_its_calls_is_not_asked_again() -> None:
+    async def scenario() -> None:
+        core = new_core()
+        await core.start()
+        try:
+            with pytest.raises(EngineFault, match="answered Released where Stepped was due"):
+                await core.call(Step("answers wrongly"), Stepped)
+            assert core.died.is_set()
+            with pytest.raises(CoreDied):
+                await core.call(Step("steps"), Stepped)
+        finally:
+            await core.stop()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.usefixtures("stub")
+def test_calls_that_come_during_a_restart_take_no_answer_of_the_start() -> None:
+    async def scenario() -> None:
+        core = new_core()
+        await core.start()
+        try:
+            restart = asyncio.create_task(core.restart())
+            calls = []
+            while not restart.done():
+                calls.append(asyncio.create_task(core.call(Release("any"), Released)))
+                await asyncio.sleep(0.005)
+            await restart
+            outcomes = await asyncio.gather(*calls, return_exceptions=True)
+            assert {type(outcome) for outcome in outcomes} <= {CoreDied, Released}
+            assert Released() in outcomes
+            assert await core.call(Step("steps"), Stepped) == Stepped(1, 2, 0.5)
+        finally:
+            await core.stop()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.usefixtures("stub")
+def test_a_model_whose_files_have_changed_is_not_served_after_a_restart() -> None:
+    async def scenario() -> None:
+        core = new_core()
+        await core.start()
+        try:
+            core._fingerprint = "another"
+            with pytest.raises(ModelError, match=r"the files of stub .*start it again"):
+                await core.restart()
+            await asyncio.wait_for(core.died.wait(), 30)
         finally:
             await core.stop()
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from cinecat.plugins.registry import UnknownStyle
 from cinecat.server.inputs import JobInputs
 
 
@@ -125,7 +126,7 @@ def test_a_link_keeps_what_it_leads_to(
 
 
 def test_a_job_whose_weights_are_gone_is_not_saved(inputs: JobInputs, tmp_path: Path, frame: NDArray[np.uint8]) -> None:
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(UnknownStyle, match=r"gone\.safetensors was removed just now; ask again"):
         inputs.save("a", frame, {FINGERPRINT: tmp_path / "gone.safetensors"})
     assert (inputs.wearers(FINGERPRINT), kept(inputs)) == (0, None)
     assert names(tmp_path) == ["styles"]

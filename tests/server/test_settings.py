@@ -27,6 +27,7 @@ TYPED = {
     "style_slots": "4",
     "max_rank": "64",
     "cache_mib": "7",
+    "style_cache_mib": "64",
     "data_dir": "data",
     "artifact_url": "memory://clips",
     "styles_dirs": "styles",

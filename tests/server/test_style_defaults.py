@@ -103,6 +103,14 @@ def test_asking_for_the_accepted_clip_again_changes_nothing(catalogue: StyleCata
     assert check_clip(again, model(), catalogue).clip == first
 
 
+def test_a_prompt_that_is_too_long_meets_no_template(
+    catalogue: StyleCatalogue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cinecat.server.validation.apply_style_defaults", None)
+    with pytest.raises(RequestError, match=r"clip\.prompt: has 5000 characters, at most 4096"):
+        checked(catalogue, "long", prompt="p" * 5000)
+
+
 def test_a_prompt_that_its_template_makes_too_long_is_refused(catalogue: StyleCatalogue) -> None:
     checked(catalogue, "", prompt="x" * 4096)
     with pytest.raises(RequestError, match=r"clip\.prompt: has 4897 characters with its style's template"):

@@ -32,6 +32,8 @@ def run(arguments: Sequence[str]) -> int:
         return _report(out.usage_error(str(error)), as_json=as_json, prefix="")
     except OSError as error:
         return _report(CinecatError(str(error)), as_json=as_json)
+    except UnicodeEncodeError as error:
+        return _report(out.usage_error(f"{error.object!r} is not UTF-8 text"), as_json=as_json)
     except Exception as error:
         # typer's usage errors come from click or from its own copy of it, depending on its version.
         describe = getattr(error, "format_message", None)

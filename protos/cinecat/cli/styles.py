@@ -25,7 +25,11 @@ Name = Annotated[str, typer.Argument(metavar="NAME", help="A style, as NAME or N
 @app.callback(invoke_without_command=True)
 def styles(context: typer.Context, server: Server = DEFAULT_ADDRESS, as_json: Json = False) -> None:
     """List the styles of the server; the commands below act on one."""
-    if context.invoked_subcommand:
+    if command := context.invoked_subcommand:
+        for parameter, option in (("server", "--server"), ("as_json", "--json")):
+            source = context.get_parameter_source(parameter)
+            if source is not None and source.name == "COMMANDLINE":
+                raise out.usage_error(f"{option} goes behind the command: cinecat styles {command} ... {option}")
         return
     _list(server, as_json)
 
