@@ -24,7 +24,7 @@ from PIL import Image
 from cinecat.plugins.durable import sync
 from cinecat.plugins.registry import UnknownStyle
 
-_NO_WEIGHTS: Mapping[str, Path] = MappingProxyType({})
+NO_WEIGHTS: Mapping[str, Path] = MappingProxyType({})
 
 
 class JobInputs:
@@ -38,7 +38,7 @@ class JobInputs:
         self._wearers: dict[str, set[str]] = {}
         self._lock = threading.Lock()
 
-    def save(self, job_id: str, frame: NDArray[np.uint8], weights: Mapping[str, Path] = _NO_WEIGHTS) -> None:
+    def save(self, job_id: str, frame: NDArray[np.uint8], weights: Mapping[str, Path] = NO_WEIGHTS) -> None:
         """Keeps uint8 [height, width, 3], exactly, and LoRA files by their fingerprint. All of it, or nothing.
 
         Raises:

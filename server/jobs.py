@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
@@ -23,7 +22,7 @@ from numpy.typing import NDArray
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from cinecat.server.errors import RequestError, ShuttingDown, unknown_job
-from cinecat.server.inputs import JobInputs
+from cinecat.server.inputs import NO_WEIGHTS, JobInputs
 from cinecat.server.lifecycle import FINAL_STATES, check_transition, state_name
 from cinecat.server.metrics import Metrics
 from cinecat.server.store import JobStore, StoredJob
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_NO_WEIGHTS: Mapping[str, Path] = MappingProxyType({})
 
 # More than the progress events that fit between two transitions, so that numbers keep growing after a restart that
 # lost the count of those that were never stored.
@@ -128,7 +126,7 @@ class Jobs:
         return restored
 
     async def accept(
-        self, job: pb.Job, frame: NDArray[np.uint8], request_hash: str, weights: Mapping[str, Path] = _NO_WEIGHTS
+        self, job: pb.Job, frame: NDArray[np.uint8], request_hash: str, weights: Mapping[str, Path] = NO_WEIGHTS
     ) -> tuple[LiveJob | None, StoredJob | None]:
         """Persists a new job and what it is made from; also when its caller is cancelled meanwhile.
 

@@ -89,8 +89,8 @@ class Amounts:
     """How much is measured: numbers of films, and the steps that open shots compare."""
 
     shots: int = 64
-    stills: int = 16
-    four: int = 8
+    stills: int = 12
+    four: int = 6
     open_shots: int = 8
     few_steps: int = 4
     many_steps: int = 32

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -54,29 +54,57 @@ class Stage:
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """Everything that decides what comes out."""
+    """Everything that decides what comes out; by default what the bundled weights had."""
 
-    vae: VaeRecipe = field(default_factory=VaeRecipe)
+    vae: VaeRecipe = field(default_factory=lambda: VaeRecipe(steps=1000))
     stages: tuple[Stage, ...] = (
-        Stage("dit-64", crop=64, recipe=DitRecipe(steps=1000, batch=32), clips=2000),
+        Stage("dit-64", crop=64, recipe=DitRecipe(steps=450, batch=32), clips=1100),
         Stage(
             "dit-128",
             crop=128,
-            recipe=DitRecipe(steps=500, batch=8, muon_rate=0.01, adam_rate=6e-4),
+            recipe=DitRecipe(steps=1000, batch=8, muon_rate=0.01, adam_rate=6e-4),
             first_seed=100_000,
-            clips=700,
+            clips=400,
+        ),
+        Stage(
+            "dit-128-courses",
+            crop=128,
+            recipe=DitRecipe(steps=1900, batch=8, muon_rate=0.01, adam_rate=6e-4),
+            first_seed=300_000,
+            clips=600,
+            courses=3,
         ),
         Stage(
             "dit-256",
             side=256,
             crop=256,
-            recipe=DitRecipe(steps=120, batch=2, muon_rate=0.004, adam_rate=3e-4),
+            recipe=DitRecipe(steps=110, batch=2, muon_rate=0.004, adam_rate=3e-4),
             first_seed=200_000,
-            clips=120,
+            clips=40,
+            courses=3,
             probes=8,
         ),
     )
     model: TinyConfig = WAN_TINY
+
+    def scaled(self, factor: float) -> TrainingPlan:
+        """The same plan with so many times the steps and films."""
+        return replace(
+            self,
+            vae=replace(self.vae, steps=_times(self.vae.steps, factor)),
+            stages=tuple(
+                replace(
+                    stage,
+                    clips=_times(stage.clips, factor, at_least=stage.recipe.batch),
+                    recipe=replace(stage.recipe, steps=_times(stage.recipe.steps, factor)),
+                )
+                for stage in self.stages
+            ),
+        )
+
+
+def _times(count: int, factor: float, at_least: int = 1) -> int:
+    return max(at_least, round(count * factor))
 
 
 def train_tiny(folder: Path, work: Path, plan: TrainingPlan, save_seconds: float = 120.0) -> None:

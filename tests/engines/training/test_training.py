@@ -183,3 +183,9 @@ class _StopsAfter(Journal):
         object.__setattr__(self, "_left", self._left - 1)  # type: ignore[attr-defined, has-type]
         if self._left == 0:  # type: ignore[attr-defined]
             raise _Stop
+
+
+def test_a_plan_scales_with_its_films() -> None:
+    plan = TrainingPlan().scaled(0.01)
+    assert [(stage.clips, stage.recipe.steps) for stage in plan.stages] == [(32, 4), (8, 10), (8, 19), (2, 1)]
+    assert TrainingPlan().scaled(1.0) == TrainingPlan()
