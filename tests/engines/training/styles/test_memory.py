@@ -48,11 +48,12 @@ def test_half_precision_halves_all_but_the_islands(checkpoint: Checkpoint) -> No
 
 
 def test_activations_grow_with_the_clip_and_shrink_when_computed_again(checkpoint: Checkpoint) -> None:
-    again, kept = estimate(checkpoint), estimate(checkpoint, checkpoint_activations=False)
+    large = replace(SHAPE, width=512, height=512)
+    again, kept = estimate(checkpoint, large), estimate(checkpoint, large, checkpoint_activations=False)
     assert again.activations < kept.activations
-    wide = estimate(checkpoint, replace(SHAPE, width=128))
+    wide = estimate(checkpoint, replace(large, width=1024))
     # The context's share does not grow with the clip.
-    assert 1.5 * again.activations < wide.activations <= 2 * again.activations
+    assert 1.9 * again.activations < wide.activations <= 2 * again.activations
 
 
 def test_attention_keeps_no_table_of_all_pairs(checkpoint: Checkpoint) -> None:

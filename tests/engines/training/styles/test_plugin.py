@@ -24,8 +24,9 @@ from cinecat.plugins.lora import load_lora
 from cinecat.plugins.manifest import read_manifest
 from cinecat.plugins.registry import StyleRegistry
 from tests.engines.samples import small_transformer, velocity
-from tests.engines.training.styles.samples import RECIPE, encoded_clips, picture
+from tests.engines.training.styles.samples import RECIPE, encoded_clips
 
+NOISE = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
 RECIPE_ALL = replace(RECIPE, targets="all", steps=2, alpha=3.0)
 RECORD = TrainingRecord(
     model="micro",
@@ -66,7 +67,7 @@ def folder(
 ) -> Path:
     folder = tmp_path_factory.mktemp("styles") / "dusk-2"
     manifest = style_manifest(checkpoint, "dusk-2", {"version": "1.2.0", "prompt_template": "dusk, {prompt}"})
-    notes = write_plugin(folder, manifest, trained[1], RECORD, 2, trained[2].curve, lambda weights: picture(5))
+    notes = write_plugin(folder, manifest, trained[1], RECORD, 2, trained[2].curve, lambda weights: NOISE)
     assert notes == []
     return folder
 
