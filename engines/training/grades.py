@@ -6,6 +6,7 @@ Each takes and returns uint8 [frames, height, width, 3], sRGB, and changes no fr
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,7 +66,7 @@ def _unit(frames: Frames) -> Floats:
     return frames.astype(np.float32) / 255.0
 
 
-def _bytes(values: Floats) -> Frames:
+def _bytes(values: NDArray[np.floating[Any]]) -> Frames:
     return (values.clip(0.0, 1.0) * 255.0).round().astype(np.uint8)
 
 

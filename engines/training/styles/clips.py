@@ -54,7 +54,8 @@ def find_clips(folder: Path, shape: ClipShape) -> tuple[list[CaptionedClip], lis
     """
     if not folder.is_dir():
         raise ClipError(f"{folder} is not a folder; name one that holds video files")
-    found, problems = [], []
+    found: list[CaptionedClip] = []
+    problems: list[str] = []
     for path, caption in _captioned(folder, problems):
         if not caption:
             problems.append(f"{path.name}: has no caption; write one into {path.stem}.txt or {METADATA_NAME}")

@@ -35,10 +35,10 @@ input, padding and output of a convolution and its workspace, and two cached fra
 class TrainingMemory:
     """Bytes that one process takes on its device, estimated.
 
-    On a CPU in float32, live memory at its peak was 1% below the estimate with activations computed again, 11% below with
-    activations kept (4 blocks of 512 channels, 2,048 tokens), and in a VAE encoder at 256x256 16% below to 12% above. Not
-    counted: what torch, its libraries and the driver take, half a GiB to one, and what glibc does not give back to the
-    system, 0.3 GiB in that training. At 14B and on a GPU it has not been compared yet.
+    On a CPU in float32, live memory at its peak was 1% below the estimate with activations computed again and 11% below
+    with activations kept (4 blocks of 512 channels, 2,048 tokens); in a VAE encoder at 256x256, 16% below to 12% above.
+    Not counted: what torch, its libraries and the driver take, half a GiB to one, and what glibc does not give back to
+    the system, 0.3 GiB in that training. At 14B and on a GPU it has not been compared yet.
 
     Attributes:
         encoders: weights of text encoder, image encoder and VAE.
@@ -68,9 +68,10 @@ class TrainingMemory:
 
     def __str__(self) -> str:
         return (
-            f"memory: {gib(self.encoding_phase)} to encode the clips (encoders {gib(self.encoders)}, a clip in the VAE "
-            f"{gib(self.encoding)}), then {gib(self.training_phase)} to train (transformer {gib(self.transformer)}, "
-            f"LoRA and AdamW {gib(self.lora)}, activations {gib(self.activations)})"
+            f"memory: {in_words(self.encoding_phase)} to encode the clips (encoders {in_words(self.encoders)}, "
+            f"a clip in the VAE {in_words(self.encoding)}), then {in_words(self.training_phase)} to train "
+            f"(transformer {in_words(self.transformer)}, LoRA and AdamW {in_words(self.lora)}, "
+            f"activations {in_words(self.activations)})"
         )
 
 
@@ -113,12 +114,14 @@ def check_memory(memory: TrainingMemory, available: int | None, device: str, pro
     else:
         advice = "lower width, height or frames, checkpoint activations, or shard over more GPUs with FSDP"
     several = f" for {processes} processes" if processes > 1 else ""
-    raise OutOfMemory(f"{memory}; {gib(needed)}{several} are needed, {device} has {gib(available)} left; {advice}")
+    raise OutOfMemory(
+        f"{memory}; {in_words(needed)}{several} are needed, {device} has {in_words(available)} left; {advice}"
+    )
 
 
-def gib(size: int) -> str:
+def in_words(size: int) -> str:
     """Bytes for people."""
-    return f"{size / 2**30:.2f} GiB"
+    return f"{size / 2**30:.2f} GiB" if size >= 2**29 else f"{size / 2**20:.1f} MiB"
 
 
 def _numbers(part: Path) -> int:

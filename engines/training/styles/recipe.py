@@ -52,5 +52,4 @@ class StyleRecipe:
     def lora_config(self, layers: int) -> LoraConfig:
         """peft's configuration, with the targets of `layers` blocks named one by one."""
         modules = [f"blocks.{layer}.{target}" for layer in range(layers) for target in TARGETS[self.targets]]
-        # peft counts alpha in whole numbers by its type, and divides it as it is.
-        return LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=modules)  # type: ignore[arg-type]
+        return LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=modules)

@@ -82,7 +82,8 @@ def run_training(asked: StyleTraining, say: Callable[[str], None]) -> Path:
         say: hears, on the main process alone, what a person should know before and after.
 
     Raises:
-        EngineError, StyleError, ClipError: what was asked for cannot be done; nothing was trained.
+        EngineError, StyleError, ClipError: what was asked for cannot be done, which is known before anything is
+            trained, or no step of the training helped; no style was written.
         FileExistsError: the style's folder is there already.
     """
     started = time.monotonic()
@@ -139,6 +140,11 @@ def run_training(asked: StyleTraining, say: Callable[[str], None]) -> Path:
     )
     del transformer, encoded
     _free()
+    if style.best_step == 0:
+        raise SettingError(
+            f"learning_rate: {asked.recipe.learning_rate:g} never came below the loss without the style "
+            f"({style.first_loss:.4f}) in {style.steps} steps; lower it, or give more clips"
+        )
     if not state.is_main_process:
         return folder
     record = TrainingRecord(

@@ -122,7 +122,7 @@ def train_style(
     def measure() -> float:
         loss = agreed(probe.validation_loss(model))
         if loss < progress.best_loss:
-            weights, _ = get_state_dict(model, (), options=_WHOLE)
+            weights: dict[str, Any] = get_state_dict(model, (), options=_WHOLE)[0]
             progress.best_loss, progress.best_step, progress.stale = loss, progress.step, 0
             progress.best = {name: tensor.clone() for name, tensor in weights.items()}
         else:

@@ -11,7 +11,7 @@ from diffusers import WanTransformer3DModel
 
 from cinecat.engines.training.progress import Journal
 from cinecat.engines.training.styles.encoded import EncodedClip
-from cinecat.engines.training.styles.memory import gib
+from cinecat.engines.training.styles.memory import in_words
 from cinecat.engines.training.styles.recipe import StyleRecipe
 from cinecat.engines.training.styles.trainer import train_style
 
@@ -51,4 +51,4 @@ def test_one_step_at_the_width_of_14b(tmp_path: Path) -> None:
     assert min(moved) > 0
     weights = sum(parameter.numel() * parameter.element_size() for parameter in transformer.parameters())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(f"weights {gib(weights)}, peak of the process {gib(peak)}")
+    print(f"weights {in_words(weights)}, peak of the process {in_words(peak)}")

@@ -9,7 +9,7 @@ import typer
 from typer.testing import CliRunner, Result
 
 from cinecat.engines import commands
-from cinecat.engines.training.styles import session
+from cinecat.engines.training.styles import session, trainer
 from cinecat.engines.training.styles.recipe import StyleRecipe
 from cinecat.plugins.manifest import read_manifest
 from tests.engines.training.styles.samples import killed_at, write_clip
@@ -100,8 +100,19 @@ def test_too_little_memory_is_refused_before_anything_is_loaded(
     monkeypatch.setattr(session, "available_bytes", lambda device: 1000)
     result = run(*options, "--name", "dusk")
     assert result.exit_code == 2
-    assert "cpu has 0.00 GiB left; lower" in result.stderr
+    assert "cpu has 0.0 MiB left; lower" in result.stderr
     assert not (tmp_path / "work").exists()
+
+
+def test_a_training_that_never_helped_writes_no_style(
+    options: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = iter([1.0, 1.5, 2.0])
+    monkeypatch.setattr(trainer._Sampler, "validation_loss", lambda self, model: next(losses))
+    result = run(*options, "--name", "dusk")
+    assert result.exit_code == 2
+    assert "train-style: learning_rate: 0.01 never came below the loss without the style" in result.stderr
+    assert not (tmp_path / "styles").exists()
 
 
 def test_a_style_that_exists_is_not_trained_again(options: list[object], tmp_path: Path) -> None:
