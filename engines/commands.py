@@ -190,7 +190,7 @@ def film_set(
             typer.echo(f"film-set: OUT_DIR: {error}", err=True)
             raise typer.Exit(2) from error
     typer.echo(f"{out_dir}: {clips} films written; train a style on them with:")
-    typer.echo(f"  cinecat train-style {out_dir} --name {'my-style' if grade == 'none' else grade}")
+    typer.echo(f"  cinecat train-style {out_dir} --name my-{'style' if grade == 'none' else grade}")
 
 
 def _missing(command: str, error: ModuleNotFoundError) -> typer.Exit:
