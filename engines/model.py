@@ -18,11 +18,10 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 @dataclass(frozen=True)
-class WanModel:
-    """The parts of the model, in eval mode.
+class WanEncoders:
+    """The model without its transformer, in eval mode.
 
-    The transformer and the text encoder have `dtype` (with Wan's float32 islands kept); the VAE and the image encoder
-    are float32, as in the reference.
+    The text encoder has `dtype`; the VAE and the image encoder are float32, as in the reference.
     """
 
     checkpoint: Checkpoint
@@ -33,6 +32,12 @@ class WanModel:
     image_processor: CLIPImageProcessorPil
     image_encoder: CLIPVisionModel
     vae: AutoencoderKLWan
+
+
+@dataclass(frozen=True)
+class WanModel(WanEncoders):
+    """All parts of the model; the transformer has `dtype` too, with Wan's float32 islands kept."""
+
     transformer: WanTransformer3DModel
     scheduler_class: Any
     scheduler_config: dict[str, Any]
@@ -40,18 +45,14 @@ class WanModel:
     @property
     def shift(self) -> float:
         """Shift of the noise schedule, where a request gives none."""
-        return float(self.scheduler_config.get(self._shift_key, 1.0))
+        return float(self.scheduler_config.get(_shift_key(self.scheduler_class), 1.0))
 
     def new_scheduler(self, steps: int, shift: float | None = None) -> Any:
         """A fresh diffusers scheduler (solver state of one request) set to `steps` steps; `shift` None is its own."""
-        changes = {} if shift is None else {self._shift_key: shift}
+        changes = {} if shift is None else {_shift_key(self.scheduler_class): shift}
         scheduler = self.scheduler_class.from_config(self.scheduler_config, **changes)
         scheduler.set_timesteps(steps, device=self.device)
         return scheduler
-
-    @property
-    def _shift_key(self) -> str:
-        return "shift" if self.scheduler_class is diffusers.FlowMatchEulerDiscreteScheduler else "flow_shift"
 
     @property
     def modules(self) -> tuple[torch.nn.Module, ...]:
@@ -68,35 +69,55 @@ def load_model(checkpoint: Checkpoint, device: str, dtype: str) -> WanModel:
     Raises:
         ModelError: the device is not there, or a file does not fit its config.
     """
-    transformers_logging.disable_progress_bar()
-    place = _device(device)
-    kind = _dtype(dtype, place)
-    folder = checkpoint.folder
-
-    def load(cls: Any, name: str, **options: Any) -> Any:
-        try:
-            return cls.from_pretrained(folder / name, **options)
-        except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-            raise ModelError(f"model: {folder / name} cannot be loaded: {error}") from error
-
-    def part(cls: Any, name: str, part_dtype: torch.dtype) -> Any:
-        module = load(cls, name, torch_dtype=part_dtype, use_safetensors=True)
-        return module.eval().requires_grad_(False).to(place)
-
-    scheduler_config = read_json(folder / "scheduler" / "scheduler_config.json")
+    scheduler_class, scheduler_config = _scheduler(checkpoint)
     return WanModel(
+        **vars(load_encoders(checkpoint, device, dtype)),
+        transformer=load_transformer(checkpoint, device, dtype),
+        scheduler_class=scheduler_class,
+        scheduler_config=scheduler_config,
+    )
+
+
+def load_encoders(checkpoint: Checkpoint, device: str, dtype: str) -> WanEncoders:
+    """Loads everything but the transformer; arguments and errors as `load_model`."""
+    transformers_logging.disable_progress_bar()
+    place = find_device(device)
+    kind = find_dtype(dtype, place)
+    return WanEncoders(
         checkpoint=checkpoint,
         device=place,
         dtype=kind,
-        tokenizer=load(AutoTokenizer, "tokenizer"),
-        text_encoder=part(UMT5EncoderModel, "text_encoder", kind),
-        image_processor=load(CLIPImageProcessorPil, "image_processor"),
-        image_encoder=part(CLIPVisionModel, "image_encoder", torch.float32),
-        vae=part(AutoencoderKLWan, "vae", torch.float32),
-        transformer=part(WanTransformer3DModel, "transformer", kind),
-        scheduler_class=_scheduler_class(scheduler_config.get("_class_name")),
-        scheduler_config=scheduler_config,
+        tokenizer=_load(checkpoint, AutoTokenizer, "tokenizer"),
+        text_encoder=_module(checkpoint, UMT5EncoderModel, "text_encoder", place, kind),
+        image_processor=_load(checkpoint, CLIPImageProcessorPil, "image_processor"),
+        image_encoder=_module(checkpoint, CLIPVisionModel, "image_encoder", place, torch.float32),
+        vae=_module(checkpoint, AutoencoderKLWan, "vae", place, torch.float32),
     )
+
+
+def load_transformer(checkpoint: Checkpoint, device: str, dtype: str) -> WanTransformer3DModel:
+    """Loads the transformer alone, frozen and in eval mode; arguments and errors as `load_model`."""
+    place = find_device(device)
+    return _module(checkpoint, WanTransformer3DModel, "transformer", place, find_dtype(dtype, place))
+
+
+def schedule_shift(checkpoint: Checkpoint) -> float:
+    """Shift of a checkpoint's noise schedule. Raises ModelError when its scheduler is not known."""
+    scheduler_class, config = _scheduler(checkpoint)
+    return float(config.get(_shift_key(scheduler_class), 1.0))
+
+
+def _load(checkpoint: Checkpoint, cls: Any, name: str, **options: Any) -> Any:
+    folder = checkpoint.folder / name
+    try:
+        return cls.from_pretrained(folder, **options)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise ModelError(f"model: {folder} cannot be loaded: {error}") from error
+
+
+def _module(checkpoint: Checkpoint, cls: Any, name: str, device: torch.device, dtype: torch.dtype) -> Any:
+    module = _load(checkpoint, cls, name, torch_dtype=dtype, use_safetensors=True)
+    return module.eval().requires_grad_(False).to(device)
 
 
 def synchronize(device: torch.device) -> None:
@@ -105,7 +126,8 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """The device that a setting names, as in `load_model`. Raises ModelError when it is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -119,7 +141,8 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _dtype(name: str, device: torch.device) -> torch.dtype:
+def find_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype that a setting names, as in `load_model`. Raises ModelError for any other name."""
     if name == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     if name not in _DTYPES:
@@ -127,9 +150,15 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     return _DTYPES[name]
 
 
-def _scheduler_class(name: object) -> Any:
-    """A solver that predicts with a flow model; anything else in the file is refused rather than instantiated."""
+def _scheduler(checkpoint: Checkpoint) -> tuple[Any, dict[str, Any]]:
+    """Class and config of the solver, which predicts with a flow model; anything else is refused, not instantiated."""
+    config = read_json(checkpoint.folder / "scheduler" / "scheduler_config.json")
+    name = config.get("_class_name")
     known = ("UniPCMultistepScheduler", "FlowMatchEulerDiscreteScheduler", "DPMSolverMultistepScheduler")
     if name not in known:
         raise ModelError(f"model: scheduler {name!r} is not one of {', '.join(known)}")
-    return getattr(diffusers, str(name))
+    return getattr(diffusers, str(name)), config
+
+
+def _shift_key(scheduler_class: Any) -> str:
+    return "shift" if scheduler_class is diffusers.FlowMatchEulerDiscreteScheduler else "flow_shift"

@@ -16,12 +16,12 @@ from PIL import Image
 from torch import Tensor
 
 from cinecat.engines.messages import VAE_TEMPORAL_STRIDE
-from cinecat.engines.model import WanModel
+from cinecat.engines.model import WanEncoders
 
 TEXT_TOKENS = 512
 
 
-def encode_text(model: WanModel, prompt: str) -> Tensor:
+def encode_text(model: WanEncoders, prompt: str) -> Tensor:
     """Text context [1, 512, text_dim] in the model's dtype; positions past the prompt's end are zero."""
     inputs = model.tokenizer(
         [prompt_clean(prompt)],
@@ -40,12 +40,12 @@ def encode_text(model: WanModel, prompt: str) -> Tensor:
     return context
 
 
-def prompt_is_truncated(model: WanModel, prompt: str) -> bool:
+def prompt_is_truncated(model: WanEncoders, prompt: str) -> bool:
     """Whether the text encoder sees only a part of the prompt."""
     return len(model.tokenizer(prompt_clean(prompt)).input_ids) > TEXT_TOKENS
 
 
-def encode_image(model: WanModel, image: NDArray[np.uint8]) -> Tensor:
+def encode_image(model: WanEncoders, image: NDArray[np.uint8]) -> Tensor:
     """CLIP's penultimate hidden states [1, patches + 1, image_dim], in the model's dtype, of uint8 [H, W, 3]."""
     pixels = model.image_processor(images=Image.fromarray(image), return_tensors="pt").pixel_values
     hidden = model.image_encoder(pixel_values=pixels.to(model.device), output_hidden_states=True).hidden_states[-2]
@@ -53,7 +53,7 @@ def encode_image(model: WanModel, image: NDArray[np.uint8]) -> Tensor:
     return states
 
 
-def encode_condition(model: WanModel, image: NDArray[np.uint8], frames: int) -> Tensor:
+def encode_condition(model: WanEncoders, image: NDArray[np.uint8], frames: int) -> Tensor:
     """The 20 condition channels [1, 4 + 16, latent frames, height / 8, width / 8], float32.
 
     Four mask channels (1 where a frame is given), then the normalised latents of the image followed by grey frames.
@@ -70,7 +70,7 @@ def encode_condition(model: WanModel, image: NDArray[np.uint8], frames: int) -> 
     chunks = [vae.encoder(frame, feat_cache=cache, feat_idx=[0]) for frame in inputs]
     # The first half of the moments is the mean, which is the mode.
     mode = vae.quant_conv(torch.cat(chunks, dim=2)).chunk(2, dim=1)[0]
-    mean, inverse_std = _latent_statistics(model, mode)
+    mean, inverse_std = latent_statistics(model, mode)
     latents = (mode.float() - mean) * inverse_std
     mask = latents.new_zeros((1, VAE_TEMPORAL_STRIDE, *latents.shape[2:]))
     mask[:, :, 0] = 1.0
@@ -89,17 +89,17 @@ class ClipDecoder:
     The VAE's causal cache lives here and not in the VAE, so any number of clips can be in decoding.
     """
 
-    model: WanModel
+    model: WanEncoders
     latents: Tensor  # [1, 16, latent frames, height / 8, width / 8], as VAE input
     cache: list[Tensor | str | None]
     latent_frame: int = 0
     frame: int = 0
 
     @classmethod
-    def start(cls, model: WanModel, latents: Tensor) -> ClipDecoder:
+    def start(cls, model: WanEncoders, latents: Tensor) -> ClipDecoder:
         """Begins with final denoised latents [1, 16, latent frames, height / 8, width / 8]."""
         scaled = latents.to(model.vae.dtype)
-        mean, inverse_std = _latent_statistics(model, scaled)
+        mean, inverse_std = latent_statistics(model, scaled)
         return cls(model, scaled / inverse_std + mean, [None] * model.vae._cached_conv_counts["decoder"])
 
     @property
@@ -118,7 +118,7 @@ class ClipDecoder:
         return frames
 
 
-def _latent_statistics(model: WanModel, like: Tensor) -> tuple[Tensor, Tensor]:
+def latent_statistics(model: WanEncoders, like: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and inverse standard deviation per latent channel, [1, 16, 1, 1, 1]."""
     config = model.vae.config
     mean = torch.tensor(config.latents_mean, dtype=like.dtype, device=like.device).view(1, -1, 1, 1, 1)

@@ -12,7 +12,7 @@ from diffusers import AutoencoderKLWan
 from numpy.typing import NDArray
 
 from cinecat.engines.core import EngineCore
-from cinecat.engines.messages import Shot
+from cinecat.engines.messages import Shot, StyleUse
 from cinecat.engines.training.film import HELD_OUT, Clip, make_clip
 from cinecat.engines.training.scenes import DIRECTIONS, OPEN_KINDS, SHARES, Kind, recaptioned
 from cinecat.engines.training.vae import decode, encode, psnr, to_video
@@ -189,17 +189,24 @@ def _detail(frame: Frames) -> float:
     return float(np.abs(np.diff(values, axis=0)).mean() + np.abs(np.diff(values, axis=1)).mean())
 
 
-def generate(core: EngineCore, first_frame: Frames, prompt: str, frames: int, sampling: Sampling) -> Frames:
+def generate(
+    core: EngineCore,
+    first_frame: Frames,
+    prompt: str,
+    frames: int,
+    sampling: Sampling,
+    styles: tuple[StyleUse, ...] = (),
+) -> Frames:
     """One clip, uint8 [frames, height, width, 3], as a request for it would be served."""
     job = "measured"
     core.condition(
-        Shot(job, first_frame, prompt, "", frames, sampling.steps, sampling.guidance_scale, sampling.seed, ())
+        Shot(job, first_frame, prompt, "", frames, sampling.steps, sampling.guidance_scale, sampling.seed, styles)
     )
     while (stepped := core.step(job)).step < stepped.total:
         pass
     chunks: list[torch.Tensor] = []
     while True:
-        decoded = core.decode(job, lambda chunk: chunks.append(chunk.clone()))
+        decoded = core.decode(job, lambda chunk: chunks.append(chunk.cpu()))
         if decoded.first + decoded.count >= decoded.total:
             break
     core.release(job)

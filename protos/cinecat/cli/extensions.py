@@ -13,6 +13,8 @@ GROUP = "cinecat.commands"
 _SUMMARIES = {
     "serve": "Serve a model over gRPC.",
     "train-tiny": "Train the bundled model on the procedural film set.",
+    "train-style": "Train a style on a few captioned clips.",
+    "film-set": "Write captioned clips of the procedural film set, in a look of choice.",
     "bench": "Measure Cinecat against its rivals, side by side in one run.",
 }
 

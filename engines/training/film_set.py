@@ -1,0 +1,78 @@
+"""The film set as a folder of captioned videos, such as `cinecat train-style` reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
+from numpy.typing import NDArray
+
+from cinecat.engines.training.film import make_clip
+from cinecat.engines.training.grades import GRADES
+from cinecat.engines.training.scenes import Kind
+from cinecat.engines.training.styles.clips import ClipShape
+
+
+def write_film_set(
+    folder: Path,
+    clips: int,
+    grade: str,
+    shape: ClipShape,
+    first_seed: int = 0,
+    kinds: Sequence[Kind] = (),
+    made: Callable[[], None] = lambda: None,
+) -> None:
+    """Writes films film-0000.mp4, film-0001.mp4, ... with a caption beside each as .txt.
+
+    Args:
+        folder: made where it is missing.
+        grade: a key of GRADES.
+        first_seed: of the first film; the others follow.
+        kinds: of the films, in turn; empty draws them as the set does.
+        made: called after every film.
+
+    Raises:
+        FileExistsError: a film of such a name is there already.
+        OSError: the folder cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if next(folder.glob("film-*.mp4"), None) is not None:
+        raise FileExistsError(f"{folder} holds films already; name another folder")
+    for index in range(clips):
+        kind = kinds[index % len(kinds)] if kinds else None
+        film = make_clip(first_seed + index, shape.frames, shape.height, shape.width, kind=kind)
+        path = folder / f"film-{index:04d}.mp4"
+        write_video(path, GRADES[grade](film.frames), shape.fps)
+        path.with_suffix(".txt").write_text(f"{film.caption}\n", encoding="utf-8")
+        made()
+
+
+def write_video(path: Path, frames: NDArray[np.uint8], fps: float) -> None:
+    """Writes frames [frames, height, width, 3] as nearly lossless H.264 in full colour resolution (4:4:4).
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    rate = Fraction(fps).limit_denominator(1001)
+    reformatter = VideoReformatter()
+    with av.open(str(path), "w") as container:
+        stream: Any = container.add_stream("libx264", rate=rate, options={"preset": "veryfast", "crf": "6"})
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv444p"
+        stream.codec_context.colorspace = Colorspace.ITU709
+        stream.codec_context.color_range = ColorRange.MPEG
+        for index, frame in enumerate(frames):
+            picture = reformatter.reformat(
+                av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24"),
+                format="yuv444p",
+                dst_colorspace=Colorspace.ITU709,
+                dst_color_range=ColorRange.MPEG,
+            )
+            picture.pts, picture.time_base = index, 1 / rate
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode(None))

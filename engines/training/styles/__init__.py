@@ -1,0 +1,1 @@
+"""Training of styles: a few captioned clips teach a LoRA their look."""

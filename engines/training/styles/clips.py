@@ -1,0 +1,166 @@
+"""A folder of captioned clips, read as the model wants them: its size, its frame rate, uint8."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+METADATA_NAME = "metadata.jsonl"
+SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif")
+_CAPTION_KEYS = ("text", "caption", "prompt")
+_FILE_KEYS = ("file_name", "video", "path")
+_MOST_PIXELS = 64_000_000
+"""Of one frame; more is refused before anything is decoded."""
+
+
+class ClipError(Exception):
+    """A clip that cannot be trained on; the message is one sentence with its file name, the reason and the fix."""
+
+
+@dataclass(frozen=True)
+class ClipShape:
+    """What every clip is brought to: pixels, frames (4k + 1), and frames a second."""
+
+    width: int
+    height: int
+    frames: int
+    fps: float
+
+
+@dataclass(frozen=True)
+class CaptionedClip:
+    """A video file and what it shows."""
+
+    path: Path
+    caption: str
+
+
+def find_clips(folder: Path, shape: ClipShape) -> tuple[list[CaptionedClip], list[str]]:
+    """The clips of a folder that can be trained on, and one sentence on each of the others.
+
+    Captions are in metadata.jsonl, {"file_name": "a.mp4", "text": "..."} a line, or in a .txt beside each clip. Every
+    clip is decoded as far as it will be needed, so that what is broken is known before anything is trained.
+
+    Raises:
+        ClipError: the folder or its metadata.jsonl cannot be read.
+    """
+    if not folder.is_dir():
+        raise ClipError(f"{folder} is not a folder; name one that holds video files")
+    found: list[CaptionedClip] = []
+    problems: list[str] = []
+    for path, caption in _captioned(folder, problems):
+        if not caption:
+            problems.append(f"{path.name}: has no caption; write one into {path.stem}.txt or {METADATA_NAME}")
+            continue
+        try:
+            read_clip(path, shape)
+        except ClipError as error:
+            problems.append(str(error))
+            continue
+        found.append(CaptionedClip(path, caption))
+    return found, problems
+
+
+def read_clip(path: Path, shape: ClipShape) -> NDArray[np.uint8]:
+    """The first frames of a video at the shape's rate, its middle cropped to the shape's aspect.
+
+    Returns:
+        uint8 [frames, height, width, 3].
+
+    Raises:
+        ClipError: it cannot be read, or is too short.
+    """
+    frames: list[NDArray[np.uint8]] = []
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise ClipError(f"{path.name}: holds no video")
+            for seconds, frame in _decoded(container, path):
+                picture = None
+                while len(frames) < shape.frames and seconds >= len(frames) / shape.fps - 1e-3:
+                    picture = _fitted(frame, shape) if picture is None else picture
+                    frames.append(picture)
+                if len(frames) == shape.frames:
+                    break
+    except (OSError, ValueError, av.FFmpegError) as error:
+        raise ClipError(f"{path.name}: cannot be read as video ({error})") from error
+    if len(frames) < shape.frames:
+        raise ClipError(
+            f"{path.name}: is too short: {len(frames)} frames at {shape.fps:g} a second, {shape.frames} are needed; "
+            "leave it out, or train on fewer frames"
+        )
+    return np.stack(frames)
+
+
+def _decoded(container: Any, path: Path) -> Iterator[tuple[float, Any]]:
+    """Frames with their seconds since the first one."""
+    stream = container.streams.video[0]
+    if stream.width * stream.height > _MOST_PIXELS:
+        raise ClipError(f"{path.name}: its frames have {stream.width}x{stream.height} pixels; scale it down")
+    rate = float(stream.average_rate or stream.base_rate or 0)
+    start: float | None = None
+    for index, frame in enumerate(container.decode(stream)):
+        seconds = frame.time if frame.time is not None else (index / rate if rate else float(index))
+        start = seconds if start is None else start
+        yield seconds - start, frame
+
+
+def _fitted(frame: Any, shape: ClipShape) -> NDArray[np.uint8]:
+    pixels = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
+    height, width = pixels.shape[:2]
+    scale = min(width / shape.width, height / shape.height)
+    # The largest part of the middle with the aspect that is wanted.
+    across, down = shape.width * scale / 2, shape.height * scale / 2
+    box = (width / 2 - across, height / 2 - down, width / 2 + across, height / 2 + down)
+    picture = Image.fromarray(np.ascontiguousarray(pixels))
+    return np.asarray(picture.resize((shape.width, shape.height), Image.Resampling.LANCZOS, box=box))
+
+
+def _captioned(folder: Path, problems: list[str]) -> list[tuple[Path, str]]:
+    metadata = folder / METADATA_NAME
+    told = _metadata(metadata, problems) if metadata.exists() else {}
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
+    problems.extend(
+        f"{name}: is named in {METADATA_NAME}, and there is no such video in the folder"
+        for name in sorted(told.keys() - {path.name for path in files})
+    )
+    return [(path, told.get(path.name, "") or _beside(path, problems)) for path in files]
+
+
+def _beside(path: Path, problems: list[str]) -> str:
+    try:
+        return " ".join(path.with_suffix(".txt").read_text(encoding="utf-8").split())
+    except FileNotFoundError:
+        return ""
+    except (OSError, UnicodeDecodeError) as error:
+        problems.append(f"{path.stem}.txt: cannot be read as UTF-8 text ({error})")
+        return ""
+
+
+def _metadata(path: Path, problems: list[str]) -> dict[str, str]:
+    """Captions by file name."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ClipError(f"{METADATA_NAME}: cannot be read as UTF-8 text ({error})") from error
+    captions = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            name = next(str(row[key]) for key in _FILE_KEYS if key in row)
+            caption = next(str(row[key]) for key in _CAPTION_KEYS if key in row)
+        except (ValueError, TypeError, StopIteration, RecursionError):
+            problems.append(f'{METADATA_NAME}: line {number} is not {{"file_name": "...", "text": "..."}}')
+            continue
+        captions[name] = " ".join(caption.split())
+    return captions

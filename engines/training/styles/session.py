@@ -1,0 +1,288 @@
+"""`cinecat train-style` from end to end: check everything, encode, train, write the plugin."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+
+from cinecat.engines.checkpoint import Checkpoint, find_checkpoint, read_json
+from cinecat.engines.core import EngineCore
+from cinecat.engines.errors import EngineError
+from cinecat.engines.memory import available_bytes
+from cinecat.engines.messages import VAE_TEMPORAL_STRIDE, CoreConfig, StyleUse
+from cinecat.engines.model import WanEncoders, find_device, find_dtype, load_encoders, load_transformer, schedule_shift
+from cinecat.engines.training.evaluation import Frames, Sampling, generate
+from cinecat.engines.training.progress import Journal, training_bar
+from cinecat.engines.training.styles.clips import CaptionedClip, ClipShape, find_clips, read_clip
+from cinecat.engines.training.styles.encoded import EncodedClip, cached_path, encode_clips
+from cinecat.engines.training.styles.memory import check_memory, estimate_memory
+from cinecat.engines.training.styles.plugin import TrainingRecord, style_manifest, write_plugin
+from cinecat.engines.training.styles.recipe import TARGETS, StyleRecipe
+from cinecat.engines.training.styles.trainer import train_style
+from cinecat.plugins.manifest import PROMPT
+
+TINY_FAMILY = "wan2.1-i2v-tiny"
+
+_LEAST_CLIPS = 2
+_PREVIEW_STEPS = 20
+# The first process encodes while the others wait for it.
+_PATIENCE = timedelta(hours=12)
+
+
+class SettingError(EngineError):
+    """A setting of a training that is wrong; the message names it and what is allowed."""
+
+
+@dataclass(frozen=True)
+class StyleTraining:
+    """What is asked for.
+
+    Attributes:
+        clips: folder of captioned videos.
+        name: of the style.
+        model: as in `find_checkpoint`.
+        out: folder that the style's own folder is made in.
+        work: checkpoints, curves and encoded clips; a stopped training goes on from here.
+        texts: further keys of style.toml, e.g. "title" and "version".
+        width, height, frames, fps: of every clip; None leaves it to the model's family.
+        device: "auto", "cpu" or "cuda".
+        dtype: "auto", "float32" or "bfloat16".
+        preview: whether the engine renders one.
+    """
+
+    clips: Path
+    name: str
+    model: str
+    out: Path
+    work: Path
+    recipe: StyleRecipe
+    texts: Mapping[str, str] = field(default_factory=dict)
+    width: int | None = None
+    height: int | None = None
+    frames: int | None = None
+    fps: float | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    preview: bool = True
+
+
+def run_training(asked: StyleTraining, say: Callable[[str], None]) -> Path:
+    """Trains a style and writes its folder; under `accelerate launch`, together with the other processes.
+
+    Args:
+        say: hears, on the main process alone, what a person should know before and after.
+
+    Raises:
+        EngineError, StyleError, ClipError: what was asked for cannot be done, which is known before anything is
+            trained, or no step of the training helped; no style was written.
+        FileExistsError: the style's folder is there already.
+    """
+    started = time.monotonic()
+    _check_choices(asked)
+    checkpoint = find_checkpoint(asked.model)
+    manifest = style_manifest(checkpoint, asked.name, asked.texts)
+    shape = clip_shape(asked, checkpoint)
+    folder = asked.out / asked.name
+    if folder.exists():
+        raise FileExistsError(f"name: {folder} exists; give another --name or --out, or move it away")
+    cpu = find_device(asked.device).type == "cpu"
+    state = PartialState(cpu=cpu, timeout=_PATIENCE)
+    say = say if state.is_main_process else _unheard
+    dtype = find_dtype(asked.dtype, state.device)
+    clips, left_out = find_clips(asked.clips, shape)
+    for sentence in left_out:
+        say(f"left out: {sentence}")
+    if len(clips) < _LEAST_CLIPS:
+        raise SettingError(
+            f"clips: {asked.clips} holds {len(clips)} clips that can be trained on; at least {_LEAST_CLIPS} are "
+            "needed, one of them to measure on"
+        )
+    sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    memory = estimate_memory(checkpoint, shape, asked.recipe, dtype, state.num_processes if sharded else 1)
+    say(str(memory))
+    check_memory(memory, available_bytes(state.device), str(state.device), state.num_processes if cpu else 1)
+
+    captions = [_as_prompt(asked.recipe, clip.caption) for clip in clips]
+    identity = f"{checkpoint.fingerprint} {dtype}"
+    kept = asked.work / "clips"
+    with state.main_process_first():
+        encoded = _encode(clips, captions, shape, checkpoint, str(state.device), asked.dtype, identity, kept, state)
+    held = held_out(len(clips), asked.recipe)
+    used = [index for index in range(len(clips)) if index not in held]
+    say(f"{len(used)} clips to train on, {len(held)} held out; the validation loss decides when to stop")
+    places = [
+        cached_path(clip, caption, shape, identity, kept).name for clip, caption in zip(clips, captions, strict=True)
+    ]
+    key = repr((asked.recipe, places, state.num_processes))
+    journal = Journal(asked.work, f"{asked.name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}")
+    if journal.checkpoint.exists():
+        say(f"going on from {journal.checkpoint}")
+    # A model that is to be sharded is divided from the host's memory.
+    transformer = load_transformer(checkpoint, "cpu" if sharded else str(state.device), str(dtype).partition(".")[2])
+    layers = len(transformer.blocks)
+    style = train_style(
+        transformer,
+        [encoded[index] for index in used],
+        [encoded[index] for index in held],
+        asked.recipe,
+        schedule_shift(checkpoint),
+        journal,
+        cpu=cpu,
+    )
+    del transformer, encoded
+    _free()
+    if style.best_step == 0:
+        raise SettingError(
+            f"learning_rate: {asked.recipe.learning_rate:g} never came below the loss without the style "
+            f"({style.first_loss:.4f}) in {style.steps} steps; lower it, or give more clips"
+        )
+    if not state.is_main_process:
+        return folder
+    record = TrainingRecord(
+        model=checkpoint.name,
+        fingerprint=checkpoint.fingerprint,
+        shape=shape,
+        recipe=asked.recipe,
+        used=[clips[index].path.name for index in used],
+        held_out=[clips[index].path.name for index in held],
+        left_out=left_out,
+        device=torch.cuda.get_device_name(state.device) if state.device.type == "cuda" else "CPU",
+        dtype=str(dtype).partition(".")[2],
+        processes=state.num_processes,
+        seconds=time.monotonic() - started,
+        memory=str(memory),
+    )
+    shown, prompt = clips[held[0]], captions[held[0]]
+
+    def render(weights: Path) -> Frames:
+        return _preview(checkpoint, asked, shape, shown, prompt, weights, str(state.device))
+
+    notes = write_plugin(folder, manifest, style, record, layers, journal.curve, render if asked.preview else None)
+    for note in notes:
+        say(note)
+    say(
+        f"validation loss {style.first_loss:.4f} -> {style.loss:.4f} at step {style.best_step} of {style.steps}, "
+        f"{style.seconds:.0f} s"
+    )
+    return folder
+
+
+def clip_shape(asked: StyleTraining, checkpoint: Checkpoint) -> ClipShape:
+    """The size that is asked for, or the family's own.
+
+    Raises:
+        SettingError: the model cannot take it.
+    """
+    own = ClipShape(128, 128, 17, 8.0) if checkpoint.family == TINY_FAMILY else ClipShape(832, 480, 81, 16.0)
+    shape = ClipShape(
+        own.width if asked.width is None else asked.width,
+        own.height if asked.height is None else asked.height,
+        own.frames if asked.frames is None else asked.frames,
+        own.fps if asked.fps is None else asked.fps,
+    )
+    transformer = read_json(checkpoint.folder / "transformer" / "config.json")
+    vae = read_json(checkpoint.folder / "vae" / "config.json")
+    multiple = int(vae.get("scale_factor_spatial") or 8) * int(transformer["patch_size"][1])
+    positions = int(transformer.get("rope_max_seq_len") or 1024)
+    for name, pixels in (("width", shape.width), ("height", shape.height)):
+        if pixels < multiple or pixels % multiple or pixels > multiple * positions:
+            raise SettingError(
+                f"{name}: {pixels} is not a multiple of {multiple} from {multiple} to {multiple * positions}"
+            )
+    most = (positions - 1) * VAE_TEMPORAL_STRIDE + 1
+    if shape.frames < 1 or (shape.frames - 1) % VAE_TEMPORAL_STRIDE or shape.frames > most:
+        raise SettingError(f"frames: {shape.frames} is not 4k + 1, such as 17 or 81, up to {most}")
+    if not 0 < shape.fps <= 240:
+        raise SettingError(f"fps: {shape.fps:g} is not above 0 and at most 240")
+    return shape
+
+
+def held_out(count: int, recipe: StyleRecipe) -> list[int]:
+    """Which clips are kept for the validation, at least one and not all; the same for a seed."""
+    amount = min(count - 1, max(1, round(count * recipe.held_out)))
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(recipe.seed)).tolist()
+    return sorted(order[:amount])
+
+
+def _check_choices(asked: StyleTraining) -> None:
+    choices: tuple[tuple[str, str, Sequence[str]], ...] = (
+        ("targets", asked.recipe.targets, tuple(TARGETS)),
+        ("dtype", asked.dtype, ("auto", "float32", "bfloat16")),
+        ("device", asked.device, ("auto", "cpu", "cuda")),
+    )
+    for name, value, allowed in choices:
+        if value not in allowed:
+            hint = "; choose a GPU with CUDA_VISIBLE_DEVICES" if value.startswith("cuda:") else ""
+            raise SettingError(f"{name}: {value!r} is not one of {', '.join(allowed)}{hint}")
+
+
+def _as_prompt(recipe: StyleRecipe, caption: str) -> str:
+    return recipe.prompt_template.replace(PROMPT, caption) if recipe.prompt_template else caption
+
+
+def _encode(
+    clips: Sequence[CaptionedClip],
+    captions: Sequence[str],
+    shape: ClipShape,
+    checkpoint: Checkpoint,
+    device: str,
+    dtype: str,
+    identity: str,
+    folder: Path,
+    state: PartialState,
+) -> list[EncodedClip]:
+    def load() -> WanEncoders:
+        return load_encoders(checkpoint, device, dtype)
+
+    if not state.is_main_process:
+        return encode_clips(load, clips, captions, shape, identity, folder)
+    with training_bar("clips", 0, len(clips)) as move:
+        encoded = encode_clips(load, clips, captions, shape, identity, folder, lambda done: move(done, ""))
+    _free()
+    return encoded
+
+
+def _preview(
+    checkpoint: Checkpoint,
+    asked: StyleTraining,
+    shape: ClipShape,
+    clip: CaptionedClip,
+    prompt: str,
+    weights: Path,
+    device: str,
+) -> Frames:
+    """A clip from the first frame of a held-out one, as a request that wears the style would be served."""
+    config = CoreConfig(
+        model=asked.model,
+        device=device,
+        dtype=asked.dtype,
+        threads=0,
+        style_slots=1,
+        max_rank=asked.recipe.rank,
+        cache_bytes=0,
+    )
+    with weights.open("rb") as file:
+        style = StyleUse(str(weights), hashlib.file_digest(file, "sha256").hexdigest(), 1.0)
+    core = EngineCore(checkpoint, config)
+    guidance = 1.0 if checkpoint.family == TINY_FAMILY else 5.0
+    sampling = Sampling(_PREVIEW_STEPS, guidance, asked.recipe.seed)
+    return generate(core, read_clip(clip.path, shape)[0], prompt, shape.frames, sampling, (style,))
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _unheard(sentence: str) -> None:
+    """What processes other than the main one have to say."""

@@ -1,0 +1,272 @@
+"""The training of a style: flow matching on a few encoded clips, through a LoRA of peft's, on accelerate."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import WanTransformer3DModel
+from peft import get_peft_model_state_dict
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.nn import functional
+
+from cinecat.engines.training.dit import shifted
+from cinecat.engines.training.loop import schedule
+from cinecat.engines.training.progress import Journal, Pulse, training_bar
+from cinecat.engines.training.styles.encoded import EncodedClip
+from cinecat.engines.training.styles.recipe import StyleRecipe
+
+_LEVELS = 8
+"""Noise levels that the validation loss is the mean of, for each held-out clip."""
+
+# Whole tensors on the first process's CPU, and none of the base model's.
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+_WHOLE_TO_LOAD = StateDictOptions(full_state_dict=True, ignore_frozen_params=True, strict=False)
+
+
+@dataclass
+class _Progress:
+    """What is saved beside the weights and the optimiser's state.
+
+    Attributes:
+        step, seconds: done so far.
+        running: the training loss, averaged exponentially; NaN before the first step.
+        first_loss: of the validation, before the training.
+        best_loss, best_step, best: of the weights that are kept.
+        stale: measurements since the best.
+    """
+
+    step: int = 0
+    seconds: float = 0.0
+    running: float = math.nan
+    first_loss: float = math.nan
+    best_loss: float = math.inf
+    best_step: int = 0
+    best: dict[str, Tensor] = field(default_factory=dict)
+    stale: int = 0
+
+
+@dataclass(frozen=True)
+class TrainedStyle:
+    """The best weights of a run by its validation loss.
+
+    Attributes:
+        factors: peft's tensors by key, e.g. "blocks.0.attn2.to_q.lora_A.weight", float32 on the CPU; where the model is
+            sharded, only the main process has them.
+        loss: of those weights, on the held-out clips; `first_loss` before the training.
+        steps: done in all; the best were reached at `best_step`.
+        seconds: spent in them, on all runs together.
+    """
+
+    factors: dict[str, Tensor]
+    loss: float
+    first_loss: float
+    best_step: int
+    steps: int
+    seconds: float
+
+
+def train_style(
+    transformer: WanTransformer3DModel,
+    train: Sequence[EncodedClip],
+    held_out: Sequence[EncodedClip],
+    recipe: StyleRecipe,
+    shift: float,
+    journal: Journal,
+    save_seconds: float = 60.0,
+    cpu: bool = False,
+) -> TrainedStyle:
+    """Trains a LoRA on the transformer, which gets peft's layers; a run that was stopped goes on from its journal.
+
+    Every sample is drawn from the number of its step, so that a resumed run sees what an uninterrupted one would have.
+    Under `accelerate launch` each process takes its own samples, and the model is wrapped or sharded as it says.
+
+    Args:
+        transformer: frozen, in the dtype that it is to be held in; the LoRA is float32.
+        shift: time shift of the noise levels, as the scheduler's.
+        save_seconds: between checkpoints.
+        cpu: leaves a GPU alone.
+    """
+    dtype = transformer.patch_embedding.weight.dtype
+    accelerator = Accelerator(
+        gradient_accumulation_steps=recipe.accumulation, mixed_precision=mixed_precision(dtype, cpu), cpu=cpu
+    )
+    parameters = add_lora(transformer, recipe)
+    if recipe.checkpoint_activations:
+        transformer.enable_gradient_checkpointing()
+    optimiser: Any = torch.optim.AdamW(
+        parameters, lr=recipe.learning_rate, betas=recipe.betas, weight_decay=recipe.weight_decay
+    )
+    model, optimiser = accelerator.prepare(transformer, optimiser)
+    main = accelerator.is_main_process
+    progress = _restored(model, optimiser, journal)
+    if main:
+        journal.rewind(progress.step if progress.best else -1)
+    sampler = _Sampler(train, recipe, shift, accelerator.device, dtype)
+    probe = _Sampler(held_out, recipe, shift, accelerator.device, dtype)
+
+    def agreed(value: float) -> float:
+        """The mean over the processes, which must all take the same turns."""
+        if accelerator.num_processes == 1:
+            return value
+        mean: Any = accelerator.reduce(torch.tensor(value, dtype=torch.float32, device=accelerator.device), "mean")
+        return float(mean)
+
+    def measure() -> float:
+        loss = agreed(probe.validation_loss(model))
+        if loss < progress.best_loss:
+            weights: dict[str, Any] = get_state_dict(model, (), options=_WHOLE)[0]
+            progress.best_loss, progress.best_step, progress.stale = loss, progress.step, 0
+            progress.best = {name: tensor.clone() for name, tensor in weights.items()}
+        else:
+            progress.stale += 1
+        return loss
+
+    def save() -> None:
+        weights, moments = get_state_dict(model, optimiser.optimizer, options=_WHOLE)
+        if main:
+            journal.save({"weights": weights, "moments": moments, **vars(progress)})
+
+    if progress.step == 0:
+        progress.first_loss = measure()
+        if main:
+            journal.log(_row(progress, 0.0, progress.first_loss))
+    pulse = Pulse(save_seconds)
+    with training_bar("style", progress.step, recipe.steps) if main else nullcontext(_unseen) as move:
+        while progress.step < recipe.steps and progress.stale < recipe.patience:
+            started = time.monotonic()
+            factor = schedule(progress.step, recipe.steps, max(1, round(recipe.warmup * recipe.steps)))
+            for group in optimiser.param_groups:
+                group["lr"] = factor * recipe.learning_rate
+            losses = []
+            for part in range(recipe.accumulation):
+                number = progress.step * recipe.accumulation + part
+                with accelerator.accumulate(model):
+                    loss = sampler.loss(model, number * accelerator.num_processes + accelerator.process_index)
+                    accelerator.backward(loss)
+                    if accelerator.sync_gradients:
+                        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+                    optimiser.step()
+                    optimiser.zero_grad()
+                losses.append(float(loss.detach()))
+            progress.step += 1
+            progress.seconds += time.monotonic() - started
+            mean = sum(losses) / len(losses)
+            progress.running = mean if math.isnan(progress.running) else 0.9 * progress.running + 0.1 * mean
+            if progress.step % recipe.evaluate_every == 0 or progress.step == recipe.steps:
+                validation = measure()
+                if main:
+                    journal.log(_row(progress, factor, validation))
+            move(progress.step, f"loss {progress.running:.4f}, best validation {progress.best_loss:.4f}")
+            if agreed(pulse.due()) > 0:
+                save()
+    save()
+    whole = accelerator.unwrap_model(model)
+    factors = get_peft_model_state_dict(whole, state_dict=progress.best)
+    return TrainedStyle(
+        factors={name: tensor.detach().float().cpu().contiguous() for name, tensor in factors.items()},
+        loss=progress.best_loss,
+        first_loss=progress.first_loss,
+        best_step=progress.best_step,
+        steps=progress.step,
+        seconds=progress.seconds,
+    )
+
+
+def add_lora(transformer: WanTransformer3DModel, recipe: StyleRecipe) -> list[torch.nn.Parameter]:
+    """Gives a transformer the recipe's LoRA, which begins without effect, and freezes all else.
+
+    Returns:
+        Its parameters, float32 whatever the transformer has: small updates would be lost in bfloat16.
+    """
+    torch.manual_seed(recipe.seed)  # of A's initialisation
+    transformer.requires_grad_(False)
+    transformer.add_adapter(recipe.lora_config(transformer.config.num_layers))
+    parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+    for parameter in parameters:
+        parameter.data = parameter.data.float()
+    return parameters
+
+
+def mixed_precision(dtype: torch.dtype, cpu: bool) -> str:
+    """accelerate's word for what the LoRA is computed in: bfloat16 where model and device have it."""
+    has_bfloat16 = not cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return "bf16" if dtype is torch.bfloat16 and has_bfloat16 else "no"
+
+
+class _Sampler:
+    """Losses on a set of clips, each drawn from a number."""
+
+    def __init__(
+        self, clips: Sequence[EncodedClip], recipe: StyleRecipe, shift: float, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self._clips = clips
+        self._seed = recipe.seed
+        self._shift = shift
+        self._device = device
+        self._dtype = dtype
+
+    def loss(self, model: Any, number: int) -> Tensor:
+        """Of the sample of that number; each round is another order of all clips."""
+        count = len(self._clips)
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(self._seed + number // count))
+        draw = torch.Generator().manual_seed(self._seed * 1_000_003 + number)
+        level = float(shifted(torch.rand((), generator=draw), self._shift))
+        return self._at(model, self._clips[int(order[number % count])], level, draw)
+
+    @torch.no_grad()
+    def validation_loss(self, model: Any) -> float:
+        """The mean over all clips at fixed noise levels with fixed noise."""
+        levels = shifted((torch.arange(_LEVELS) + 0.5) / _LEVELS, self._shift)
+        losses = [
+            float(self._at(model, clip, float(level), torch.Generator().manual_seed(1000 * index + place)))
+            for index, clip in enumerate(self._clips)
+            for place, level in enumerate(levels)
+        ]
+        return sum(losses) / len(losses)
+
+    def _at(self, model: Any, clip: EncodedClip, level: float, draw: torch.Generator) -> Tensor:
+        """Mean squared error of the velocity noise - clean at a noise level."""
+        noise = torch.randn(clip.clean.shape, generator=draw)
+        noisy = (1 - level) * clip.clean + level * noise
+        target = (noise - clip.clean)[None].to(self._device)
+        velocity = model(
+            torch.cat([noisy, clip.condition])[None].to(self._device, self._dtype),
+            torch.tensor([level * 1000.0], device=self._device),
+            clip.context[None].to(self._device, self._dtype),
+            clip.image[None].to(self._device, self._dtype),
+            return_dict=False,
+        )[0]
+        return functional.mse_loss(velocity.float(), target)
+
+
+def _restored(model: Any, optimiser: Any, journal: Journal) -> _Progress:
+    state = journal.load()
+    if state is None:
+        return _Progress()
+    weights, moments = state.pop("weights"), state.pop("moments")
+    set_state_dict(
+        model, optimiser.optimizer, model_state_dict=weights, optim_state_dict=moments, options=_WHOLE_TO_LOAD
+    )
+    return _Progress(**state)
+
+
+def _row(progress: _Progress, factor: float, validation: float) -> dict[str, float | int | str]:
+    return {
+        "step": progress.step,
+        "seconds": round(progress.seconds, 1),
+        "schedule": round(factor, 4),
+        "loss": "" if math.isnan(progress.running) else round(progress.running, 5),
+        "validation_loss": round(validation, 5),
+    }
+
+
+def _unseen(step: int, note: str) -> None:
+    """The progress bar of a process that prints nothing."""

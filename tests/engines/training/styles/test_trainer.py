@@ -1,0 +1,91 @@
+"""The training: it learns, stops when it no longer does, and a killed run goes on as if it had not been."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from cinecat.engines.training.progress import Journal
+from cinecat.engines.training.styles.trainer import TrainedStyle, _Sampler, add_lora, train_style
+from tests.engines.samples import small_transformer
+from tests.engines.training.styles.samples import RECIPE, encoded_clips, killed_at
+
+CLIPS = encoded_clips(4)
+
+
+def train(journal: Journal, save_seconds: float = 60.0, **changes: object) -> TrainedStyle:
+    recipe = replace(RECIPE, **changes)  # type: ignore[arg-type]
+    return train_style(small_transformer(), CLIPS[:3], CLIPS[3:], recipe, 3.0, journal, save_seconds, cpu=True)
+
+
+def test_a_killed_training_resumes_as_if_never_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = train(Journal(tmp_path, "whole"))
+    with killed_at(5, monkeypatch):  # in the middle of the third step
+        train(Journal(tmp_path, "killed"), save_seconds=0.0)
+    resumed = train(Journal(tmp_path, "killed"))
+    assert resumed.steps == whole.steps == 4
+    assert (resumed.loss, resumed.first_loss) == (whole.loss, whole.first_loss)
+    assert resumed.factors.keys() == whole.factors.keys()
+    assert all(torch.equal(resumed.factors[key], factor) for key, factor in whole.factors.items())
+    assert without_seconds(tmp_path / "killed.csv") == without_seconds(tmp_path / "whole.csv")
+
+
+def test_a_training_that_is_killed_before_its_first_checkpoint_begins_its_curve_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with killed_at(0, monkeypatch):
+        train(Journal(tmp_path, "killed"))
+    train(Journal(tmp_path, "killed"))
+    assert [row[0] for row in without_seconds(tmp_path / "killed.csv")] == ["step", "0", "2", "4"]
+
+
+def test_a_finished_training_is_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = train(Journal(tmp_path, "run"))
+    monkeypatch.setattr(_Sampler, "loss", None)
+    assert train(Journal(tmp_path, "run")).loss == first.loss
+
+
+def test_training_lowers_the_validation_loss_of_what_it_trains_on(tmp_path: Path) -> None:
+    recipe = replace(RECIPE, steps=12, evaluate_every=4, targets="all")
+    style = train_style(small_transformer(), CLIPS[:1], CLIPS[:1], recipe, 3.0, Journal(tmp_path, "run"), cpu=True)
+    assert style.loss < 0.99 * style.first_loss
+
+
+def test_it_stops_when_nothing_gets_better_and_keeps_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = iter([5.0, 4.0, 4.5, 4.5, 1.0])
+    monkeypatch.setattr(_Sampler, "validation_loss", lambda self, model: next(losses))
+    style = train(Journal(tmp_path, "run"), steps=50, evaluate_every=1, patience=2)
+    assert (style.steps, style.best_step, style.loss, style.first_loss) == (3, 1, 4.0, 5.0)
+
+
+def test_activations_may_be_kept_instead_of_computed_again(tmp_path: Path) -> None:
+    again = train(Journal(tmp_path, "again"), steps=2)
+    kept = train(Journal(tmp_path, "kept"), steps=2, checkpoint_activations=False)
+    for key, factor in again.factors.items():
+        assert kept.factors[key] == pytest.approx(factor, abs=1e-6)
+
+
+def test_a_lora_on_half_precision_is_float32_and_trains(tmp_path: Path) -> None:
+    transformer = small_transformer().to(torch.bfloat16)
+    style = train_style(
+        transformer, CLIPS[:1], CLIPS[1:2], replace(RECIPE, steps=2), 3.0, Journal(tmp_path, "run"), cpu=True
+    )
+    trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+    assert {parameter.dtype for parameter in trained} == {torch.float32}
+    assert max(factor.abs().max() for key, factor in style.factors.items() if ".lora_B." in key) > 0
+
+
+def test_nothing_but_the_lora_is_trained() -> None:
+    transformer = small_transformer()
+    parameters = add_lora(transformer, RECIPE)
+    named = {name for name, parameter in transformer.named_parameters() if parameter.requires_grad}
+    assert len(named) == len(parameters) == 2 * 2 * 6
+    assert all(".lora_" in name for name in named)
+
+
+def without_seconds(curve: Path) -> list[list[str]]:
+    rows = [line.split(",") for line in curve.read_text().splitlines()]
+    return [row[:1] + row[2:] for row in rows]
