@@ -11,9 +11,10 @@ import av
 import numpy as np
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 from numpy.typing import NDArray
+from PIL import Image
 
 from cinecat.engines.training.film import make_clip
-from cinecat.engines.training.grades import GRADES
+from cinecat.engines.training.grades import GRADES, plain
 from cinecat.engines.training.scenes import Kind
 from cinecat.engines.training.styles.clips import ClipShape
 
@@ -28,6 +29,9 @@ def write_film_set(
     made: Callable[[], None] = lambda: None,
 ) -> None:
     """Writes films film-0000.mp4, film-0001.mp4, ... with a caption beside each as .txt.
+
+    Where they are graded, the first frame as it was before comes with them as .png: a style is worn on pictures that do
+    not have its look yet.
 
     Args:
         folder: made where it is missing.
@@ -48,6 +52,8 @@ def write_film_set(
         film = make_clip(first_seed + index, shape.frames, shape.height, shape.width, kind=kind)
         path = folder / f"film-{index:04d}.mp4"
         write_video(path, GRADES[grade](film.frames), shape.fps)
+        if GRADES[grade] is not plain:
+            Image.fromarray(film.first_frame).save(path.with_suffix(".png"))
         path.with_suffix(".txt").write_text(f"{film.caption}\n", encoding="utf-8")
         made()
 

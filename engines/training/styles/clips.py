@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 METADATA_NAME = "metadata.jsonl"
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif")
 _CAPTION_KEYS = ("text", "caption", "prompt")
 _FILE_KEYS = ("file_name", "video", "path")
@@ -37,17 +38,23 @@ class ClipShape:
 
 @dataclass(frozen=True)
 class CaptionedClip:
-    """A video file and what it shows."""
+    """A video file and what it shows.
+
+    Attributes:
+        image: the picture that a request for such a clip would send; None for the clip's own first frame.
+    """
 
     path: Path
     caption: str
+    image: Path | None = None
 
 
 def find_clips(folder: Path, shape: ClipShape) -> tuple[list[CaptionedClip], list[str]]:
     """The clips of a folder that can be trained on, and one sentence on each of the others.
 
-    Captions are in metadata.jsonl, {"file_name": "a.mp4", "text": "..."} a line, or in a .txt beside each clip. Every
-    clip is decoded as far as it will be needed, so that what is broken is known before anything is trained.
+    Captions are in metadata.jsonl, {"file_name": "a.mp4", "text": "..."} a line, or in a .txt beside each clip. A
+    picture of the same name is what the clip is to be made from. Every clip is decoded as far as it will be needed, so
+    that what is broken is known before anything is trained.
 
     Raises:
         ClipError: the folder or its metadata.jsonl cannot be read.
@@ -60,13 +67,39 @@ def find_clips(folder: Path, shape: ClipShape) -> tuple[list[CaptionedClip], lis
         if not caption:
             problems.append(f"{path.name}: has no caption; write one into {path.stem}.txt or {METADATA_NAME}")
             continue
+        image = next((each for suffix in IMAGE_SUFFIXES if (each := path.with_suffix(suffix)).is_file()), None)
         try:
             read_clip(path, shape)
+            if image is not None:
+                read_image(image, shape)
         except ClipError as error:
             problems.append(str(error))
             continue
-        found.append(CaptionedClip(path, caption))
+        found.append(CaptionedClip(path, caption, image))
     return found, problems
+
+
+def first_frame(clip: CaptionedClip, shape: ClipShape) -> NDArray[np.uint8]:
+    """What a clip is conditioned on, uint8 [height, width, 3]. Raises as `read_clip` and `read_image` do."""
+    if clip.image is not None:
+        return read_image(clip.image, shape)
+    frame: NDArray[np.uint8] = read_clip(clip.path, replace(shape, frames=1))[0]
+    return frame
+
+
+def read_image(path: Path, shape: ClipShape) -> NDArray[np.uint8]:
+    """A picture cropped about its middle to the shape's size, uint8 [height, width, 3].
+
+    Raises:
+        ClipError: it cannot be read, or is too large.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > _MOST_PIXELS:
+                raise ClipError(f"{path.name}: has {image.width}x{image.height} pixels; scale it down")
+            return _fitted(np.asarray(image.convert("RGB")), shape)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ClipError(f"{path.name}: cannot be read as a picture ({error})") from error
 
 
 def read_clip(path: Path, shape: ClipShape) -> NDArray[np.uint8]:
@@ -86,7 +119,7 @@ def read_clip(path: Path, shape: ClipShape) -> NDArray[np.uint8]:
             for seconds, frame in _decoded(container, path):
                 picture = None
                 while len(frames) < shape.frames and seconds >= len(frames) / shape.fps - 1e-3:
-                    picture = _fitted(frame, shape) if picture is None else picture
+                    picture = _fitted(_upright(frame), shape) if picture is None else picture
                     frames.append(picture)
                 if len(frames) == shape.frames:
                     break
@@ -113,8 +146,12 @@ def _decoded(container: Any, path: Path) -> Iterator[tuple[float, Any]]:
         yield seconds - start, frame
 
 
-def _fitted(frame: Any, shape: ClipShape) -> NDArray[np.uint8]:
-    pixels = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
+def _upright(frame: Any) -> NDArray[np.uint8]:
+    pixels: NDArray[np.uint8] = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
+    return pixels
+
+
+def _fitted(pixels: NDArray[np.uint8], shape: ClipShape) -> NDArray[np.uint8]:
     height, width = pixels.shape[:2]
     scale = min(width / shape.width, height / shape.height)
     # The largest part of the middle with the aspect that is wanted.

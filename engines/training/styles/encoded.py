@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cinecat.engines import stages
 from cinecat.engines.model import WanEncoders
-from cinecat.engines.training.styles.clips import CaptionedClip, ClipShape, read_clip
+from cinecat.engines.training.styles.clips import CaptionedClip, ClipShape, first_frame, read_clip
 from cinecat.engines.training.vae import encode, to_video
 
 
@@ -48,10 +48,14 @@ def cached_path(clip: CaptionedClip, caption: str, shape: ClipShape, fingerprint
         caption: as it is encoded.
         fingerprint: of the model and of the dtype that it computes in.
     """
-    with clip.path.open("rb") as file:
-        content = hashlib.file_digest(file, "sha256").hexdigest()
+    content = [_sha256(path) for path in (clip.path, clip.image) if path is not None]
     key = repr((content, caption, shape, fingerprint))
     return folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def encode_clips(
@@ -88,15 +92,15 @@ def encode_clips(
 
 @torch.inference_mode()
 def _encoded(model: WanEncoders, clip: CaptionedClip, caption: str, shape: ClipShape) -> dict[str, Tensor]:
-    frames = read_clip(clip.path, shape)
-    video = to_video(frames)[None].to(model.device, model.vae.dtype)
+    start = first_frame(clip, shape)
+    video = to_video(read_clip(clip.path, shape))[None].to(model.device, model.vae.dtype)
     mean, inverse_std = stages.latent_statistics(model, video)
     text = stages.encode_text(model, caption)[0]
     used = int(text.abs().sum(dim=1).nonzero().max()) + 1
     tensors = {
         "clean": ((encode(model.vae, video) - mean) * inverse_std)[0].float(),
-        "condition": stages.encode_condition(model, frames[0], shape.frames)[0],
+        "condition": stages.encode_condition(model, start, shape.frames)[0],
         "text": text[:used],
-        "image": stages.encode_image(model, frames[0])[0],
+        "image": stages.encode_image(model, start)[0],
     }
     return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}

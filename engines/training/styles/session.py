@@ -22,7 +22,7 @@ from cinecat.engines.messages import VAE_TEMPORAL_STRIDE, CoreConfig, StyleUse
 from cinecat.engines.model import WanEncoders, find_device, find_dtype, load_encoders, load_transformer, schedule_shift
 from cinecat.engines.training.evaluation import Frames, Sampling, generate
 from cinecat.engines.training.progress import Journal, training_bar
-from cinecat.engines.training.styles.clips import CaptionedClip, ClipShape, find_clips, read_clip
+from cinecat.engines.training.styles.clips import CaptionedClip, ClipShape, find_clips, first_frame
 from cinecat.engines.training.styles.encoded import EncodedClip, cached_path, encode_clips
 from cinecat.engines.training.styles.memory import check_memory, estimate_memory
 from cinecat.engines.training.styles.plugin import TrainingRecord, style_manifest, write_plugin
@@ -275,7 +275,7 @@ def _preview(
     core = EngineCore(checkpoint, config)
     guidance = 1.0 if checkpoint.family == TINY_FAMILY else 5.0
     sampling = Sampling(_PREVIEW_STEPS, guidance, asked.recipe.seed)
-    return generate(core, read_clip(clip.path, shape)[0], prompt, shape.frames, sampling, (style,))
+    return generate(core, first_frame(clip, shape), prompt, shape.frames, sampling, (style,))
 
 
 def _free() -> None:

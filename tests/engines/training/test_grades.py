@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 from cinecat.engines import commands
 from cinecat.engines.training.film import make_clip
 from cinecat.engines.training.grades import GRADES
-from cinecat.engines.training.styles.clips import ClipShape, find_clips, read_clip
+from cinecat.engines.training.styles.clips import ClipShape, find_clips, first_frame, read_clip
 
 FILM = make_clip(3, 5, 48, 64, kind="slide", texture=0.5).frames
 
@@ -79,6 +79,7 @@ def test_films_are_written_as_a_training_reads_them(tmp_path: Path) -> None:
         assert clip.caption == film.caption
         error = read_clip(clip.path, shape).astype(float) - GRADES["amber"](film.frames)
         assert np.sqrt((error**2).mean()) < 3.0
+        assert np.array_equal(first_frame(clip, shape), film.first_frame)
     again = run(tmp_path / "set")
     assert again.exit_code == 2
     assert "holds films already" in again.stderr

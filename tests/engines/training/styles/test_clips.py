@@ -8,9 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from cinecat.engines.training.film_set import write_video
-from cinecat.engines.training.styles.clips import ClipError, ClipShape, find_clips, read_clip
+from cinecat.engines.training.styles.clips import ClipError, ClipShape, find_clips, first_frame, read_clip
+from cinecat.engines.training.styles.encoded import cached_path
 from tests.engines.training.styles.samples import picture, write_clip
 
 SHAPE = ClipShape(32, 32, 5, 8.0)
@@ -82,3 +84,32 @@ def test_a_rotated_clip_is_turned_upright(tmp_path: Path) -> None:
     frame = read_clip(path, SHAPE)[0]
     assert frame[:14].min() > 150
     assert frame[18:].max() < 50
+
+
+def test_a_picture_beside_a_clip_is_what_it_is_made_from(tmp_path: Path) -> None:
+    write_clip(tmp_path / "a.mp4", "with a picture")
+    write_clip(tmp_path / "b.mp4", "without")
+    Image.new("RGBA", (64, 32), (250, 10, 10, 255)).save(tmp_path / "a.webp", lossless=True)
+    clips, problems = find_clips(tmp_path, SHAPE)
+    assert problems == []
+    assert first_frame(clips[0], SHAPE).shape == (32, 32, 3)
+    assert first_frame(clips[0], SHAPE).reshape(-1, 3).tolist() == [[250, 10, 10]] * 1024
+    assert np.array_equal(first_frame(clips[1], SHAPE), read_clip(tmp_path / "b.mp4", SHAPE)[0])
+
+
+def test_a_picture_that_is_none_is_named(tmp_path: Path) -> None:
+    write_clip(tmp_path / "a.mp4", "with a picture")
+    (tmp_path / "a.png").write_text("not a picture")
+    clips, problems = find_clips(tmp_path, SHAPE)
+    assert clips == []
+    assert [problem.partition(" (")[0] for problem in problems] == ["a.png: cannot be read as a picture"]
+
+
+def test_another_picture_is_encoded_anew(tmp_path: Path) -> None:
+    write_clip(tmp_path / "a.mp4", "with a picture")
+    paths = []
+    for colour in ("red", "blue"):
+        Image.new("RGB", (32, 32), colour).save(tmp_path / "a.png")
+        ((clip,), _) = find_clips(tmp_path, SHAPE)
+        paths.append(cached_path(clip, clip.caption, SHAPE, "model", tmp_path))
+    assert paths[0] != paths[1]
