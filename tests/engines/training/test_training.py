@@ -187,5 +187,5 @@ class _StopsAfter(Journal):
 
 def test_a_plan_scales_with_its_films() -> None:
     plan = TrainingPlan().scaled(0.01)
-    assert [(stage.clips, stage.recipe.steps) for stage in plan.stages] == [(32, 4), (8, 10), (8, 19), (2, 1)]
+    assert [(stage.clips, stage.recipe.steps) for stage in plan.stages] == [(32, 4), (8, 10), (8, 22), (2, 1)]
     assert TrainingPlan().scaled(1.0) == TrainingPlan()
