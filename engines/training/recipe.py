@@ -39,6 +39,8 @@ class Stage:
         first_seed, clips: of the training films.
         courses: what happens behind each of their first frames, at most.
         probes: held-out films for the loss.
+        blend: how far the weights go from where the stage began to where it ended, 0 to 1. In between, a model is better
+            at the new size and keeps what it had at the old one (arXiv 2109.01903).
     """
 
     name: str
@@ -50,6 +52,7 @@ class Stage:
     clips: int = 1200
     courses: int = 1
     probes: int = 32
+    blend: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,7 @@ class TrainingPlan:
             clips=24,
             courses=3,
             probes=8,
+            blend=0.3,
         ),
     )
     model: TinyConfig = WAN_TINY
@@ -132,8 +136,16 @@ def train_tiny(folder: Path, work: Path, plan: TrainingPlan, save_seconds: float
         probes = range(_PROBE_SEEDS, _PROBE_SEEDS + stage.probes)
         held_out = encoded(model, stage, work, probes, 1, f"{stage.name}-probe")
         journal = Journal(work, stage.name)
+        before = copy.deepcopy(model.transformer.state_dict())
         train_dit(model.transformer, train, held_out, stage.recipe, journal, save_seconds, fresh=number == 0)
+        _blend(model.transformer, before, stage.blend)
     write_checkpoint(draft, model.transformer, folder, plan, work)
+
+
+@torch.no_grad()
+def _blend(transformer: WanTransformer3DModel, before: dict[str, Tensor], share: float) -> None:
+    for name, weight in transformer.state_dict().items():
+        weight.copy_(torch.lerp(before[name], weight, share))
 
 
 def _train_vae(draft: Path, work: Path, plan: TrainingPlan, save_seconds: float) -> None:
