@@ -39,8 +39,8 @@ class Stage:
         first_seed, clips: of the training films.
         courses: what happens behind each of their first frames, at most.
         probes: held-out films for the loss.
-        blend: how far the weights go from where the stage began to where it ended, 0 to 1. In between, a model is better
-            at the new size and keeps what it had at the old one (arXiv 2109.01903).
+        blend: how far the weights go from where the stage began to where it ended, 0 to 1. In between, a model is
+            better at the new size and keeps what it had at the old one (arXiv 2109.01903).
     """
 
     name: str

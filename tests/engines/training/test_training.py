@@ -162,6 +162,19 @@ def test_a_plan_writes_a_folder_that_loads(tmp_path: Path) -> None:
     assert next(model.transformer.parameters()).dtype == torch.float32
 
 
+def test_a_stage_that_is_blended_in_goes_a_part_of_the_way(tmp_path: Path) -> None:
+    first = Stage("first", 16, replace(DIT_RECIPE, steps=1), side=32, frames=5, clips=4, probes=4)
+    weights = []
+    for share in (0.0, 0.5, 1.0):
+        stages = (first, replace(first, name=f"second-{share}", blend=share))
+        plan = TrainingPlan(vae=replace(VAE_RECIPE, steps=1), stages=stages, model=MICRO)
+        train_tiny(tmp_path / f"{share}", tmp_path / "work", plan)
+        model = load_model(find_checkpoint(str(tmp_path / f"{share}")), "cpu", "float32")
+        weights.append(model.transformer.blocks[0].ffn.net[2].weight)
+    assert not torch.equal(weights[0], weights[2])
+    torch.testing.assert_close(weights[1], (weights[0] + weights[2]) / 2, rtol=0, atol=1e-3)
+
+
 def test_a_folder_that_exists_is_not_written_over(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match="name a new folder"):
         train_tiny(tmp_path, tmp_path / "work", TrainingPlan())
