@@ -52,7 +52,7 @@ def load_fvd(path: Path) -> FvdTrunk:
     if not path.is_file():
         raise WeightsError(f"fvd-weights: {path} is not a file; give StyleGAN-V's i3d_torchscript.pt")
     try:
-        trunk = torch.jit.load(str(path), map_location="cpu")
+        trunk = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]
     except (RuntimeError, ValueError) as error:
         raise WeightsError(
             f"fvd-weights: {path} is no TorchScript file; give StyleGAN-V's i3d_torchscript.pt"

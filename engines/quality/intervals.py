@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 
@@ -56,4 +57,4 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
 def sign_test(successes: int, trials: int) -> float:
     """The two-sided binomial p-value of a fair coin that shows at least so uneven a result; 1 without trials."""
     tail = sum(math.comb(trials, count) for count in range(min(successes, trials - successes) + 1))
-    return min(1.0, 2 * tail / 2**trials)
+    return min(1.0, float(Fraction(2 * tail, 2**trials)))

@@ -90,12 +90,12 @@ def _flow(before: Frames, after: Frames) -> tuple[Floats, NDArray[np.bool_]]:
 
 
 def _grey(frame: Frames) -> Floats:
-    grey = rgb2gray(frame).astype(np.float32)
+    grey: Floats = rgb2gray(frame).astype(np.float32)
     scale = _FLOW_SIDE / min(grey.shape)
     if scale >= 1:
         return grey
     smaller: Floats = resize(grey, [round(length * scale) for length in grey.shape], anti_aliasing=True)
-    return smaller.astype(np.float32)
+    return smaller
 
 
 def _along(values: Floats, flow: Floats) -> Floats:

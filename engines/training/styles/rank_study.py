@@ -36,6 +36,7 @@ UNSEEN_WALLS = frozenset({"checkered", "cluttered"})
 """What no film that the style is trained on shows, and every cross-domain shot does; the base model knows them all."""
 
 _TRAINED_KINDS: tuple[Kind, ...] = ("slide", "still", "turn", "grow")
+_MOST_DRAWS = 20_000
 _LEAST_EFFECT = 2.0
 """Grey levels by which a look must change a shot's statistic for a share of it to mean something."""
 
@@ -252,17 +253,23 @@ def _films(
     Args:
         tellable: leaves out those whose graded truth does not itself pass for moving as asked, since the subject cannot
             be told from the wall in the grade, or is hardly changed by it.
+
+    Raises:
+        ValueError: too few are found.
     """
-    seed, found = first_seed, 0
-    while found < count:
+    found = 0
+    for seed in range(first_seed, first_seed + _MOST_DRAWS):
+        if found == count:
+            break
         scene = draw_scene(seed, work.frames, kind=kinds[found % len(kinds)])
-        seed += 1
         if not fits(scene):
             continue
         film = render(scene, work.side, work.side)
         if not tellable or _is_tellable(film, work):
             found += 1
             yield film
+    if found < count:
+        raise ValueError(f"grade: {_MOST_DRAWS} films in {work.grade!r} hold fewer than {count} that can be judged")
 
 
 def _is_tellable(film: Clip, work: RankWork) -> bool:
