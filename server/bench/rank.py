@@ -30,7 +30,7 @@ def bench_rank(quick: bool, out: Path | None) -> Report:
     from cinecat.engines.quality.comparison import Meter
     from cinecat.engines.training.styles.rank_study import RankWork, study_ranks
 
-    work = RankWork(ranks=(1, 8), films=6, shots=1, steps=16, sampling_steps=4) if quick else RankWork()
+    work = RankWork(ranks=(1, 8), films=4, held_out=1, shots=1, steps=12, sampling_steps=4) if quick else RankWork()
     with tempfile.TemporaryDirectory(prefix="cinecat-bench-") as scratch:
         results = study_ranks(find_checkpoint(_MODEL), work, Path(scratch))
     report = report_of(results, {"model": _MODEL, **asdict(work), "unavailable": dict(Meter().unavailable)})

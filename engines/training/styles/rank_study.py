@@ -76,8 +76,8 @@ class RankWork:
     scale: float = 2.0
     films: int = 20
     held_out: int = 2
-    shots: int = 6
-    steps: int = 80
+    shots: int = 5
+    steps: int = 70
     learning_rate: float = 2e-3
     sampling_steps: int = 8
     side: int = 128
@@ -178,6 +178,15 @@ def study_ranks(checkpoint: Checkpoint, work: RankWork, folder: Path) -> list[Ra
     return [RankResult(0, 0, plain_loss, math.nan, in_domain, cross_domain), *results]
 
 
+@dataclass(frozen=True)
+class _AskedShot:
+    """A held-out film, and the same in the grade with its MotionScore."""
+
+    film: Clip
+    truth: Clip
+    true_motion_score: float
+
+
 class _Stage:
     """The held-out shots, and a core to play them with."""
 
@@ -186,7 +195,8 @@ class _Stage:
         self._work = work
         self._meter = Meter()
         self._domains = tuple(
-            list(_films(HELD_OUT, work.shots, ("slide",), fits, work, tellable=True)) for fits in (_seen, _unseen)
+            [self._asked(film) for film in _films(HELD_OUT, work.shots, ("slide",), fits, work, tellable=True)]
+            for fits in (_seen, _unseen)
         )
 
     def play(self, styles: tuple[StyleUse, ...], title: str) -> tuple[tuple[StyledShot, ...], tuple[StyledShot, ...]]:
@@ -194,27 +204,30 @@ class _Stage:
         played: list[tuple[StyledShot, ...]] = []
         with training_bar(f"{title}: clips", 0, sum(map(len, self._domains))) as move:
             done = 0
-            for films in self._domains:
+            for asked_shots in self._domains:
                 shots = []
-                for film in films:
-                    shots.append(self._shot(film, styles))
+                for asked in asked_shots:
+                    shots.append(self._shot(asked, styles))
                     done += 1
                     move(done, "")
                 played.append(tuple(shots))
         in_domain, cross_domain = played
         return in_domain, cross_domain
 
-    def _shot(self, film: Clip, styles: tuple[StyleUse, ...]) -> StyledShot:
-        work = self._work
+    def _asked(self, film: Clip) -> _AskedShot:
+        truth = _graded(film, self._work)
+        motion = self._meter.of_clip(truth.frames, self._work.fps).get("motion_score", math.nan)
+        return _AskedShot(film, truth, motion)
+
+    def _shot(self, asked: _AskedShot, styles: tuple[StyleUse, ...]) -> StyledShot:
+        work, film, truth = self._work, asked.film, asked.truth
         sampling = Sampling(work.sampling_steps, guidance_scale=1.0)
         clip = generate(self._core, film.first_frame, film.caption, work.frames, sampling, styles)
-        truth = _graded(film, work)
-        assert film.scene.direction is not None
         return StyledShot(
             effect=_effect(clip, film, truth, work),
-            follows=follows(truth, clip, film.scene.direction),
+            follows=follows(truth, clip, film.scene.direction or ""),
             scores=self._meter.of_pair(clip, truth.frames) | self._meter.of_clip(clip, work.fps),
-            true_motion_score=self._meter.of_clip(truth.frames, work.fps).get("motion_score", math.nan),
+            true_motion_score=asked.true_motion_score,
         )
 
 
