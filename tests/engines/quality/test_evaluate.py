@@ -74,10 +74,8 @@ def test_people_get_a_table_and_the_reason_for_what_is_missing(folders: tuple[Pa
     assert "LPIPS: unavailable, needs --lpips-weights" in shown
 
 
-@pytest.mark.parametrize("frame_rates", [(8.0, 12.0)])
-def test_another_frame_rate_is_not_compared(frame_rates: tuple[float, float], tmp_path: Path) -> None:
-    a, b = (write_folder(tmp_path / str(fps), {"one.mp4": CLIP}, fps) for fps in frame_rates)
-    result = run(a, b)
+def test_another_frame_rate_is_not_compared(tmp_path: Path) -> None:
+    result = run(*(write_folder(tmp_path / name, {"one.mp4": CLIP}, fps) for name, fps in (("a", 8.0), ("b", 12.0))))
     assert result.exit_code == 2
     assert "one.mp4: has another frame rate in each folder, 8 and 12; make them alike" in result.stderr
 
