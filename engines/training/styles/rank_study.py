@@ -78,7 +78,7 @@ class RankWork:
     held_out: int = 2
     shots: int = 5
     steps: int = 70
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
     sampling_steps: int = 8
     side: int = 128
     frames: int = 17
