@@ -1,4 +1,4 @@
-"""Commands of the engine room: training, and films to train on."""
+"""Commands of the engine room: training, films to train on, and the judging of clips."""
 
 from __future__ import annotations
 
@@ -179,9 +179,50 @@ def film_set(
     typer.echo(f"  cinecat train-style {out_dir} --name my-{'style' if grade == 'none' else grade}")
 
 
-def _missing(command: str, error: ModuleNotFoundError) -> typer.Exit:
+def evaluate(
+    a_dir: Annotated[Path, typer.Argument(metavar="A_DIR", help="Folder of the clips that are judged.")],
+    b_dir: Annotated[Path, typer.Argument(metavar="B_DIR", help="Folder of the reference, with the same file names.")],
+    blind: Annotated[bool, typer.Option("--blind", help="Let people choose, on a local page.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for a CSV per clip; with --blind, the file of votes [votes.csv].")
+    ] = None,
+    lpips_weights: Annotated[Path | None, typer.Option(help="safetensors file of AlexNet and LPIPS' heads.")] = None,
+    fvd_weights: Annotated[Path | None, typer.Option(help="I3D as TorchScript, as StyleGAN-V has it.")] = None,
+    clip_weights: Annotated[Path | None, typer.Option(help="Folder of a CLIP checkpoint.")] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of the page; 0 takes a free one.")] = 0,
+    question: Annotated[str, typer.Option(help="What people are asked.")] = "Which clip do you prefer?",
+    voter: Annotated[str, typer.Option(help="Whose votes they are; no pair is shown to a voter twice.")] = "me",
+) -> None:
+    """Measures clips beside others of the same names, or lets people choose between them blind."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        from cinecat.engines.quality.videos import FolderError
+        from cinecat.engines.quality.votes import VotesError
+
+        if blind:
+            from cinecat.engines.quality.blind import run_blind
+
+            def run() -> None:
+                run_blind(a_dir, b_dir, out or Path("votes.csv"), question, voter, port, as_json)
+        else:
+            from cinecat.engines.quality.evaluate import run_evaluation
+            from cinecat.engines.quality.weights import Weights
+
+            def run() -> None:
+                run_evaluation(a_dir, b_dir, Weights(lpips_weights, fvd_weights, clip_weights), out, as_json)
+    except ModuleNotFoundError as error:
+        raise _missing("evaluate", error, "bench") from error
+    try:
+        run()
+    except (FolderError, VotesError, EngineError, OSError) as error:
+        typer.echo(f"evaluate: {error}", err=True)
+        raise typer.Exit(2) from error
+
+
+def _missing(command: str, error: ModuleNotFoundError, extra: str = "train") -> typer.Exit:
     """The end of a command whose extra is not installed. Raises the error when a module of this package is missing."""
     if (error.name or "cinecat").partition(".")[0] == "cinecat":
         raise error
-    typer.echo(f"{command}: {error.name} is missing; install the extra: pip install 'cinecat[train]'", err=True)
+    typer.echo(f"{command}: {error.name} is missing; install the extra: pip install 'cinecat[{extra}]'", err=True)
     return typer.Exit(2)

@@ -85,7 +85,15 @@ def bench(
     if name not in BENCHES:
         print(f"cinecat bench: no benchmark {name!r}; there are: {', '.join(BENCHES)}", file=sys.stderr)
         raise typer.Exit(2)
-    report = BENCHES[name](quick, out)
+    try:
+        report = BENCHES[name](quick, out)
+    except ModuleNotFoundError as error:
+        if (error.name or "cinecat").partition(".")[0] == "cinecat":
+            raise
+        print(
+            f"cinecat bench: {error.name} is missing; install the extra: pip install 'cinecat[bench]'", file=sys.stderr
+        )
+        raise typer.Exit(2) from error
     print(json.dumps(report.as_json()) if as_json else as_text(report))
     if not all(check.met for check in report.checks.values()):
         raise typer.Exit(1)

@@ -13,7 +13,7 @@ from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 from numpy.typing import NDArray
 from PIL import Image
 
-from cinecat.engines.training.film import make_clip
+from cinecat.engines.training.film import Clip, make_clip
 from cinecat.engines.training.grades import GRADES, plain
 from cinecat.engines.training.scenes import Kind
 from cinecat.engines.training.styles.clips import ClipShape
@@ -50,12 +50,20 @@ def write_film_set(
     for index in range(clips):
         kind = kinds[index % len(kinds)] if kinds else None
         film = make_clip(first_seed + index, shape.frames, shape.height, shape.width, kind=kind)
-        path = folder / f"film-{index:04d}.mp4"
-        write_video(path, GRADES[grade](film.frames), shape.fps)
-        if GRADES[grade] is not plain:
-            Image.fromarray(film.first_frame).save(path.with_suffix(".png"))
-        path.with_suffix(".txt").write_text(f"{film.caption}\n", encoding="utf-8")
+        write_film(folder / f"film-{index:04d}.mp4", film, grade, shape.fps)
         made()
+
+
+def write_film(path: Path, film: Clip, grade: str, fps: float) -> None:
+    """Writes a film in a look, with its caption and, where it is graded, its first frame as it was.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    write_video(path, GRADES[grade](film.frames), fps)
+    if GRADES[grade] is not plain:
+        Image.fromarray(film.first_frame).save(path.with_suffix(".png"))
+    path.with_suffix(".txt").write_text(f"{film.caption}\n", encoding="utf-8")
 
 
 def write_video(path: Path, frames: NDArray[np.uint8], fps: float) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import math
 import operator
 import os
 import platform
@@ -13,6 +12,8 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from cinecat.engines.quality.intervals import wilson_interval
 
 
 @dataclass(frozen=True)
@@ -93,11 +94,8 @@ def mean_check(values: Sequence[float], goal: str = "") -> Check:
 
 def share_check(outcomes: Sequence[bool], goal: str = "") -> Check:
     """The share of what went right, with Wilson's 95% interval."""
-    count, share, z = len(outcomes), statistics.fmean(outcomes), 1.96
-    middle = share + z * z / (2 * count)
-    reach = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    scale = 1 + z * z / count
-    return Check(share, goal, _meets(share, goal), ((middle - reach) / scale, (middle + reach) / scale))
+    share = statistics.fmean(outcomes)
+    return Check(share, goal, _meets(share, goal), wilson_interval(sum(outcomes), len(outcomes)))
 
 
 def _meets(value: float, goal: str) -> bool:

@@ -116,10 +116,10 @@ def read_clip(path: Path, shape: ClipShape) -> NDArray[np.uint8]:
         with av.open(str(path)) as container:
             if not container.streams.video:
                 raise ClipError(f"{path.name}: holds no video")
-            for seconds, frame in _decoded(container, path):
+            for seconds, frame in decoded(container, path):
                 picture = None
                 while len(frames) < shape.frames and seconds >= len(frames) / shape.fps - 1e-3:
-                    picture = _fitted(_upright(frame), shape) if picture is None else picture
+                    picture = _fitted(upright(frame), shape) if picture is None else picture
                     frames.append(picture)
                 if len(frames) == shape.frames:
                     break
@@ -133,8 +133,8 @@ def read_clip(path: Path, shape: ClipShape) -> NDArray[np.uint8]:
     return np.stack(frames)
 
 
-def _decoded(container: Any, path: Path) -> Iterator[tuple[float, Any]]:
-    """Frames with their seconds since the first one."""
+def decoded(container: Any, path: Path) -> Iterator[tuple[float, Any]]:
+    """PyAV's frames of an open video, with their seconds since the first one. Raises ClipError for too large ones."""
     stream = container.streams.video[0]
     if stream.width * stream.height > _MOST_PIXELS:
         raise ClipError(f"{path.name}: its frames have {stream.width}x{stream.height} pixels; scale it down")
@@ -146,7 +146,8 @@ def _decoded(container: Any, path: Path) -> Iterator[tuple[float, Any]]:
         yield seconds - start, frame
 
 
-def _upright(frame: Any) -> NDArray[np.uint8]:
+def upright(frame: Any) -> NDArray[np.uint8]:
+    """A frame turned as its file says, uint8 [height, width, 3]."""
     pixels: NDArray[np.uint8] = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
     return pixels
 
