@@ -62,6 +62,7 @@ class CoreProcess:
         self._metrics = metrics
         self._process: BaseProcess | None = None
         self._connection: Connection | None = None
+        self._sentinel: int | None = None  # of the process that is watched
         self._fingerprint = ""  # of the model that was loaded first
         self.died = asyncio.Event()
         # A single thread: calls queue up behind the one that blocks in it.
@@ -82,11 +83,8 @@ class CoreProcess:
         self.died = died = asyncio.Event()
 
         def watch(sentinel: int) -> None:
-            def on_death() -> None:
-                loop.remove_reader(sentinel)
-                died.set()
-
-            loop.add_reader(sentinel, on_death)
+            self._sentinel = sentinel
+            loop.add_reader(sentinel, self._unwatch, died)
 
         def begin() -> ModelInfo:
             # All of it at once, so that no call takes an answer that belongs to the start.
@@ -105,9 +103,17 @@ class CoreProcess:
             ModelError: the model's files are no longer those that the server started with.
             CoreDied: the process ended while loading.
         """
+        # Before its descriptor is closed and given to the next process.
+        self._unwatch(self.died)
         await self._in_thread(self._kill)
         self._metrics.core_restarts.inc()
         await self.start()
+
+    def _unwatch(self, died: asyncio.Event) -> None:
+        if self._sentinel is not None:
+            asyncio.get_running_loop().remove_reader(self._sentinel)
+            self._sentinel = None
+        died.set()
 
     async def call(self, call: Call, answer: type[A]) -> A:
         """Sends one call and waits for its answer.

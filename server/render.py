@@ -171,7 +171,7 @@ class Rendering:
         self._stop_if_asked()
         conditioned = await r.core.call(Condition(shot), Conditioned)
         r.catalogue.activity.resident = conditioned.resident
-        if live.attempts == 0:
+        if live.attempts == 1:
             for style in shot.styles:
                 r.catalogue.activity.used(style.fingerprint)
         self._tally.timings += conditioned.timings
