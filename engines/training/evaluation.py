@@ -159,7 +159,7 @@ class PhotographResult:
     flicker: float
 
 
-PHOTOGRAPH_CAPTION = "the camera stays still"
+PHOTOGRAPH_CAPTION = "nothing moves"
 
 
 def measure_photographs(

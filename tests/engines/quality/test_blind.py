@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import random
+import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -254,11 +256,23 @@ def run(*arguments: object) -> Result:
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
+@pytest.fixture
+def heeded() -> Iterator[None]:
+    """Whoever runs the tests in the background has them ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeded")
 def test_ctrl_c_prints_the_preference(
     folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    serve = BlindServer.serve_forever
+
     def interrupted(self: BlindServer, poll_interval: float) -> None:
-        raise KeyboardInterrupt
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+        serve(self, poll_interval)
 
     monkeypatch.setattr(BlindServer, "serve_forever", interrupted)
     paper = ballot(folders, tmp_path / "votes.csv")
