@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from cinecat.engines.errors import ModelError
 from cinecat.engines.messages import VariantFused
 from cinecat.plugins.errors import LoraError
+from cinecat.plugins.fingerprint import fingerprint
 from cinecat.plugins.variant import ParameterChange, VariantHeader, load_variant, read_variant
 
 if TYPE_CHECKING:
@@ -53,9 +54,7 @@ def find_variant(setting: str) -> Variant | None:
         return None
     path = Path(setting).expanduser()
     try:
-        header = read_variant(path)
-        with path.open("rb") as file:
-            return Variant(path, header, hashlib.file_digest(file, "sha256").hexdigest())
+        return Variant(path, read_variant(path), fingerprint(path))
     except LoraError as error:
         raise ModelError(f"model_variant: {error}") from error
     except OSError as error:

@@ -15,6 +15,7 @@ from cinecat.engines import stages
 from cinecat.engines.model import WanEncoders
 from cinecat.engines.training.styles.clips import CaptionedClip, ClipShape, first_frame, read_clip
 from cinecat.engines.training.vae import encode, to_video
+from cinecat.plugins.fingerprint import fingerprint as content_of
 
 
 @dataclass(frozen=True)
@@ -48,14 +49,9 @@ def cached_path(clip: CaptionedClip, caption: str, shape: ClipShape, fingerprint
         caption: as it is encoded.
         fingerprint: of the model and of the dtype that it computes in.
     """
-    content = [_sha256(path) for path in (clip.path, clip.image) if path is not None]
+    content = [content_of(path) for path in (clip.path, clip.image) if path is not None]
     key = repr((content, caption, shape, fingerprint))
     return folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def encode_clips(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 import platform
@@ -24,6 +23,7 @@ from cinecat.engines.training.curves import draw_curves
 from cinecat.engines.training.styles.clips import ClipShape
 from cinecat.engines.training.styles.recipe import StyleRecipe
 from cinecat.engines.training.styles.trainer import TrainedStyle
+from cinecat.plugins.fingerprint import fingerprint
 from cinecat.plugins.manifest import MANIFEST_NAME, MAX_PREVIEW_BYTES, StyleManifest, make_manifest, write_manifest
 
 PREVIEW_NAME = "preview.webp"
@@ -126,8 +126,7 @@ def write_plugin(
         shutil.copy(curve, staging / CURVE_NAME)
         picture = (staging / CURVE_NAME).with_suffix(".png")
         draw_curves(manifest.name, staging / CURVE_NAME, _CURVES, picture)
-        with weights.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        sha256 = fingerprint(weights)
         preview = PREVIEW_NAME if (staging / PREVIEW_NAME).exists() else ""
         table = {**asdict(manifest), "sha256": sha256, "preview": preview}
         (staging / MANIFEST_NAME).write_text(write_manifest(make_manifest(table)), encoding="utf-8")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -27,6 +26,7 @@ from cinecat.engines.training.styles.encoded import EncodedClip, encode_clips
 from cinecat.engines.training.styles.plugin import save_lora
 from cinecat.engines.training.styles.recipe import StyleRecipe
 from cinecat.engines.training.styles.trainer import train_style
+from cinecat.plugins.fingerprint import fingerprint
 
 Frames = NDArray[np.uint8]
 
@@ -162,7 +162,7 @@ def study_ranks(checkpoint: Checkpoint, work: RankWork, folder: Path) -> list[Ra
         plain_loss = style.first_loss
         path = folder / f"rank-{rank}.safetensors"
         save_lora(path, style, recipe, layers)
-        worn = StyleUse(str(path), hashlib.sha256(path.read_bytes()).hexdigest(), 1.0)
+        worn = StyleUse(str(path), fingerprint(path), 1.0)
         in_domain, cross_domain = stage.play((worn,), f"rank {rank}")
         results.append(
             RankResult(

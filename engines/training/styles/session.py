@@ -28,6 +28,7 @@ from cinecat.engines.training.styles.memory import check_memory, estimate_memory
 from cinecat.engines.training.styles.plugin import TrainingRecord, style_manifest, write_plugin
 from cinecat.engines.training.styles.recipe import TARGETS, StyleRecipe
 from cinecat.engines.training.styles.trainer import train_style
+from cinecat.plugins.fingerprint import fingerprint
 from cinecat.plugins.manifest import PROMPT
 
 TINY_FAMILY = "wan2.1-i2v-tiny"
@@ -270,8 +271,7 @@ def _preview(
         max_rank=asked.recipe.rank,
         cache_bytes=0,
     )
-    with weights.open("rb") as file:
-        style = StyleUse(str(weights), hashlib.file_digest(file, "sha256").hexdigest(), 1.0)
+    style = StyleUse(str(weights), fingerprint(weights), 1.0)
     core = EngineCore(checkpoint, config)
     guidance = 1.0 if checkpoint.family == TINY_FAMILY else 5.0
     sampling = Sampling(_PREVIEW_STEPS, guidance, asked.recipe.seed)
