@@ -214,7 +214,7 @@ class EngineCore:
             raise EngineError(f"job {job_id} has {len(request.scheduler.timesteps) - request.step} steps left")
         started = time.perf_counter()
         if request.decoder is None:
-            request.decoder = stages.ClipDecoder.start(self._model, request.latents)
+            request.decoder = stages.ClipDecoder.start(self._model.vae, request.latents)
         decoder = request.decoder
         if decoder.frame >= decoder.total_frames:
             raise EngineError(f"job {job_id} has decoded all its {decoder.total_frames} frames")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKLWan
 from diffusers.pipelines.wan.pipeline_wan_i2v import prompt_clean
 from numpy.typing import NDArray
 from PIL import Image
@@ -70,7 +71,7 @@ def encode_condition(model: WanEncoders, image: NDArray[np.uint8], frames: int) 
     chunks = [vae.encoder(frame, feat_cache=cache, feat_idx=[0]) for frame in inputs]
     # The first half of the moments is the mean, which is the mode.
     mode = vae.quant_conv(torch.cat(chunks, dim=2)).chunk(2, dim=1)[0]
-    mean, inverse_std = latent_statistics(model, mode)
+    mean, inverse_std = latent_statistics(vae, mode)
     latents = (mode.float() - mean) * inverse_std
     mask = latents.new_zeros((1, VAE_TEMPORAL_STRIDE, *latents.shape[2:]))
     mask[:, :, 0] = 1.0
@@ -89,18 +90,18 @@ class ClipDecoder:
     The VAE's causal cache lives here and not in the VAE, so any number of clips can be in decoding.
     """
 
-    model: WanEncoders
+    vae: AutoencoderKLWan
     latents: Tensor  # [1, 16, latent frames, height / 8, width / 8], as VAE input
     cache: list[Tensor | str | None]
     latent_frame: int = 0
     frame: int = 0
 
     @classmethod
-    def start(cls, model: WanEncoders, latents: Tensor) -> ClipDecoder:
+    def start(cls, vae: AutoencoderKLWan, latents: Tensor) -> ClipDecoder:
         """Begins with final denoised latents [1, 16, latent frames, height / 8, width / 8]."""
-        scaled = latents.to(model.vae.dtype)
-        mean, inverse_std = latent_statistics(model, scaled)
-        return cls(model, scaled / inverse_std + mean, [None] * model.vae._cached_conv_counts["decoder"])
+        scaled = latents.to(vae.dtype)
+        mean, inverse_std = latent_statistics(vae, scaled)
+        return cls(vae, scaled / inverse_std + mean, [None] * vae._cached_conv_counts["decoder"])
 
     @property
     def total_frames(self) -> int:
@@ -108,7 +109,7 @@ class ClipDecoder:
 
     def next_frames(self) -> Tensor:
         """The next frames, float32 [count, height, width, 3] in [0, 1]. Must not be called after the last."""
-        vae = self.model.vae
+        vae = self.vae
         latent = vae.post_quant_conv(self.latents[:, :, self.latent_frame : self.latent_frame + 1])
         video = vae.decoder(latent, feat_cache=self.cache, feat_idx=[0], first_chunk=self.latent_frame == 0)
         self.latent_frame += 1
@@ -118,9 +119,9 @@ class ClipDecoder:
         return frames
 
 
-def latent_statistics(model: WanEncoders, like: Tensor) -> tuple[Tensor, Tensor]:
+def latent_statistics(vae: AutoencoderKLWan, like: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and inverse standard deviation per latent channel, [1, 16, 1, 1, 1]."""
-    config = model.vae.config
+    config = vae.config
     mean = torch.tensor(config.latents_mean, dtype=like.dtype, device=like.device).view(1, -1, 1, 1, 1)
     std = torch.tensor(config.latents_std, dtype=like.dtype, device=like.device).view(1, -1, 1, 1, 1)
     return mean, 1.0 / std

@@ -133,7 +133,7 @@ def test_the_chunked_condition_equals_the_whole_video_through_the_vae(model: Wan
 @torch.inference_mode()
 def test_streamed_decoding_equals_decoding_at_once_also_for_two_clips_in_turn(model: WanModel) -> None:
     latents = [stages.starting_noise(seed, (1, 16, 3, 4, 6), torch.device("cpu")) for seed in (1, 2)]
-    decoders = [stages.ClipDecoder.start(model, latent) for latent in latents]
+    decoders = [stages.ClipDecoder.start(model.vae, latent) for latent in latents]
     streamed = [[decoder.next_frames() for decoder in decoders] for _ in range(3)]
     for index, latent in enumerate(latents):
         whole = (model.vae.decode(latent, return_dict=False)[0] / 2 + 0.5).clamp(0, 1)[0].permute(1, 2, 3, 0)

@@ -90,7 +90,7 @@ def encode_clips(
 def _encoded(model: WanEncoders, clip: CaptionedClip, caption: str, shape: ClipShape) -> dict[str, Tensor]:
     start = first_frame(clip, shape)
     video = to_video(read_clip(clip.path, shape))[None].to(model.device, model.vae.dtype)
-    mean, inverse_std = stages.latent_statistics(model, video)
+    mean, inverse_std = stages.latent_statistics(model.vae, video)
     text = stages.encode_text(model, caption)[0]
     used = int(text.abs().sum(dim=1).nonzero().max()) + 1
     tensors = {
