@@ -78,6 +78,12 @@ def train_style(
     checkpoint_activations: Annotated[
         bool, typer.Option(help="Compute blocks twice rather than keep what is inside them.")
     ] = True,
+    lpips_weights: Annotated[
+        Path | None,
+        typer.Option(
+            help="safetensors file of AlexNet and LPIPS' heads; LPIPS then decides when to stop, not the loss."
+        ),
+    ] = None,
     preview: Annotated[bool, typer.Option(help="Render one with the engine.")] = True,
 ) -> None:
     """Trains a style on a few captioned clips, for any Wan2.1 I2V checkpoint."""
@@ -118,6 +124,7 @@ def train_style(
         device=device,
         dtype=dtype,
         preview=preview,
+        lpips_weights=lpips_weights,
     )
     # Under `accelerate launch` every process comes here, and one of them speaks.
     main = os.environ.get("RANK", "0") == "0"

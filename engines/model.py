@@ -101,6 +101,14 @@ def load_transformer(checkpoint: Checkpoint, device: str, dtype: str) -> WanTran
     return _module(checkpoint, WanTransformer3DModel, "transformer", place, find_dtype(dtype, place))
 
 
+def load_vae_decoder(checkpoint: Checkpoint, device: str) -> AutoencoderKLWan:
+    """Loads the VAE without its encoder, float32; arguments and errors as `load_model`."""
+    place = find_device(device)
+    vae: AutoencoderKLWan = _module(checkpoint, AutoencoderKLWan, "vae", torch.device("cpu"), torch.float32)
+    del vae.encoder, vae.quant_conv
+    return vae.to(place)
+
+
 def schedule_shift(checkpoint: Checkpoint) -> float:
     """Shift of a checkpoint's noise schedule. Raises ModelError when its scheduler is not known."""
     scheduler_class, config = _scheduler(checkpoint)

@@ -1,6 +1,7 @@
 """What the training of a style takes of a device's memory, told before anything is loaded.
 
-Encoders and VAE are freed before the transformer is loaded, so the larger of two phases decides.
+Encoders and VAE are freed before the transformer is loaded, so the larger of two phases decides. Where LPIPS judges the
+held-out clips, the VAE's decoder stays with the transformer.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ _VAE_MAPS = 50
 """Full-size feature maps of the VAE's first level, a frame each, that its encoder holds at its peak: of four frames the
 input, padding and output of a convolution and its workspace, and two cached frames for each; found by measuring."""
 
+_DECODER_MAPS = 56
+"""Likewise of its decoder: 51 in tensors, and what a convolution works with; measured on a CPU at 128 to 256 pixels."""
+
 
 @dataclass(frozen=True)
 class TrainingMemory:
@@ -46,6 +50,8 @@ class TrainingMemory:
         transformer: weights, this process's share of them.
         lora: weights, gradients and AdamW's two moments of the LoRA.
         activations: what a step keeps for the way back.
+        decoder: weights of the VAE's decoder, where LPIPS needs it; otherwise 0.
+        decoding: what it holds while it decodes a clip, which is never while activations are kept.
     """
 
     encoders: int
@@ -53,6 +59,8 @@ class TrainingMemory:
     transformer: int
     lora: int
     activations: int
+    decoder: int = 0
+    decoding: int = 0
 
     @property
     def encoding_phase(self) -> int:
@@ -60,29 +68,36 @@ class TrainingMemory:
 
     @property
     def training_phase(self) -> int:
-        return self.transformer + self.lora + self.activations
+        return self.transformer + self.lora + self.decoder + max(self.activations, self.decoding)
 
     @property
     def needed(self) -> int:
         return max(self.encoding_phase, self.training_phase)
 
     def __str__(self) -> str:
+        lpips = f"; for LPIPS, VAE decoder {in_words(self.decoder)}, a clip in it {in_words(self.decoding)}"
         return (
             f"memory: {in_words(self.encoding_phase)} to encode the clips (encoders {in_words(self.encoders)}, "
             f"a clip in the VAE {in_words(self.encoding)}), then {in_words(self.training_phase)} to train "
             f"(transformer {in_words(self.transformer)}, LoRA and AdamW {in_words(self.lora)}, "
-            f"activations {in_words(self.activations)})"
+            f"activations {in_words(self.activations)}{lpips if self.decoder else ''})"
         )
 
 
 def estimate_memory(
-    checkpoint: Checkpoint, shape: ClipShape, recipe: StyleRecipe, dtype: torch.dtype, shards: int = 1
+    checkpoint: Checkpoint,
+    shape: ClipShape,
+    recipe: StyleRecipe,
+    dtype: torch.dtype,
+    shards: int = 1,
+    lpips: bool = False,
 ) -> TrainingMemory:
     """Estimates from configs and headers; no weight is read.
 
     Args:
         dtype: of transformer and text encoder.
         shards: processes that the transformer is divided among; 1 where each has all of it.
+        lpips: whether it judges the held-out clips.
 
     Raises:
         ModelError: a header cannot be read.
@@ -90,13 +105,16 @@ def estimate_memory(
     folder = checkpoint.folder
     vae = read_json(folder / "vae" / "config.json")
     encoders = {"text_encoder": dtype, "image_encoder": torch.float32, "vae": torch.float32}
+    feature_map = int(vae.get("base_dim", 96)) * shape.width * shape.height * 4
     weights, lora, activations = _training(folder, shape, recipe, dtype, shards)
     return TrainingMemory(
         encoders=sum(_numbers(folder / part) * kind.itemsize for part, kind in encoders.items()),
-        encoding=_VAE_MAPS * int(vae.get("base_dim", 96)) * shape.width * shape.height * 4,
+        encoding=_VAE_MAPS * feature_map,
         transformer=weights,
         lora=lora,
         activations=activations,
+        decoder=_numbers(folder / "vae", ("decoder.", "post_quant_conv.")) * 4 if lpips else 0,
+        decoding=_DECODER_MAPS * feature_map if lpips else 0,
     )
 
 
@@ -111,6 +129,8 @@ def check_memory(memory: TrainingMemory, available: int | None, device: str, pro
         return
     if memory.encoding_phase > memory.training_phase:
         advice = "lower width or height, or free memory for the encoders"
+    elif memory.decoding > memory.activations:
+        advice = "lower width or height, leave out lpips-weights, or shard over more GPUs with FSDP"
     else:
         advice = "lower width, height or frames, checkpoint activations, or shard over more GPUs with FSDP"
     several = f" for {processes} processes" if processes > 1 else ""
@@ -124,13 +144,14 @@ def in_words(size: int) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**29 else f"{size / 2**20:.1f} MiB"
 
 
-def _numbers(part: Path) -> int:
-    """Numbers in a part's weight files."""
+def _numbers(part: Path, prefixes: tuple[str, ...] = ("",)) -> int:
+    """Numbers in a part's weight files, of tensors whose names begin so."""
     total = 0
     for path in sorted(part.glob("*.safetensors")):
         try:
             with path.open("rb") as file:
-                total += sum(math.prod(entry.shape) for entry in read_header(file).tensors.values())
+                tensors = read_header(file).tensors.items()
+                total += sum(math.prod(entry.shape) for name, entry in tensors if name.startswith(prefixes))
         except (OSError, LoraError) as error:
             raise ModelError(f"model: {path} cannot be read: {error}") from error
     return total

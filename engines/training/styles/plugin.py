@@ -22,7 +22,7 @@ from cinecat.engines.checkpoint import Checkpoint, read_json
 from cinecat.engines.training.curves import draw_curves
 from cinecat.engines.training.styles.clips import ClipShape
 from cinecat.engines.training.styles.recipe import StyleRecipe
-from cinecat.engines.training.styles.trainer import TrainedStyle
+from cinecat.engines.training.styles.trainer import LPIPS, VALIDATION_LOSS, TrainedStyle
 from cinecat.plugins.fingerprint import fingerprint
 from cinecat.plugins.manifest import MANIFEST_NAME, MAX_PREVIEW_BYTES, StyleManifest, make_manifest, write_manifest
 
@@ -32,6 +32,14 @@ CURVE_NAME = "training.csv"
 _CURVES = (("loss", "validation_loss"), ("schedule",))
 _PREVIEW_SIDES = (480, 320, 240, 160, 96)
 """Longest sides of the preview in pixels, tried until its file is small enough."""
+
+_CRITERIA = {
+    VALIDATION_LOSS: "The validation loss is the mean squared error of the velocity on the held-out clips, at fixed "
+    "noise levels with fixed noise; it decides which weights are kept, and when the training stops.",
+    LPIPS: "LPIPS decides which weights are kept, and when the training stops: between each held-out clip and what the "
+    "model makes of it in one step from the middle of its noise schedule, with fixed noise, both decoded by the VAE. "
+    "The validation loss is the mean squared error of the velocity on the same clips, at fixed noise levels.",
+}
 
 Renderer = Callable[[Path], NDArray[np.uint8]]
 """Makes a clip [frames, height, width, 3] that wears the LoRA in a file."""
@@ -49,6 +57,7 @@ class TrainingRecord:
         processes: that trained together.
         seconds: of encoding and training.
         memory: its estimate, in one line.
+        lpips_weights: the file and its checksum; empty where the validation loss was the criterion.
     """
 
     model: str
@@ -63,6 +72,7 @@ class TrainingRecord:
     processes: int
     seconds: float
     memory: str
+    lpips_weights: str = ""
 
 
 def style_manifest(checkpoint: Checkpoint, name: str, texts: Mapping[str, str]) -> StyleManifest:
@@ -125,7 +135,8 @@ def write_plugin(
         notes = [] if render is None else _add_preview(staging / PREVIEW_NAME, render, weights, record.shape.fps)
         shutil.copy(curve, staging / CURVE_NAME)
         picture = (staging / CURVE_NAME).with_suffix(".png")
-        draw_curves(manifest.name, staging / CURVE_NAME, _CURVES, picture)
+        panels = (*_CURVES, ("lpips",)) if style.criterion == LPIPS else _CURVES
+        draw_curves(manifest.name, staging / CURVE_NAME, panels, picture)
         sha256 = fingerprint(weights)
         preview = PREVIEW_NAME if (staging / PREVIEW_NAME).exists() else ""
         table = {**asdict(manifest), "sha256": sha256, "preview": preview}
@@ -176,7 +187,7 @@ def encode_preview(frames: NDArray[np.uint8], fps: float, limit: int = MAX_PREVI
 
 def training_card(manifest: StyleManifest, style: TrainedStyle, record: TrainingRecord) -> str:
     """README.md of a style: what it was trained on, how, and what came of it."""
-    settings = {**asdict(record.recipe), **asdict(record.shape)}
+    settings = {**asdict(record.recipe), **asdict(record.shape), "lpips_weights": record.lpips_weights}
     libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "peft", "accelerate"))
     change = (style.loss / style.first_loss - 1) * 100
     lines = [
@@ -189,16 +200,15 @@ def training_card(manifest: StyleManifest, style: TrainedStyle, record: Training
         "",
         "| | |",
         "|---|---|",
-        f"| validation loss before | {style.first_loss:.5f} |",
-        f"| validation loss of these weights | {style.loss:.5f} ({change:+.1f}%) |",
+        f"| {style.criterion} before | {style.first_loss:.5f} |",
+        f"| {style.criterion} of these weights | {style.loss:.5f} ({change:+.1f}%) |",
         f"| reached at step | {style.best_step} of {style.steps} done, {record.recipe.steps} at most |",
         f"| time | {style.seconds:.0f} s in steps, {record.seconds:.0f} s in the last run |",
         f"| machine | {_machine(record)} |",
         f"| {record.memory.partition(': ')[0]} | {record.memory.partition(': ')[2]} (estimated) |",
         f"| with | {libraries} |",
         "",
-        "The validation loss is the mean squared error of the velocity on the held-out clips, at fixed noise levels "
-        "with fixed noise; it decides which weights are kept, and when the training stops.",
+        _CRITERIA[style.criterion],
         "",
         "![curves](training.png)",
         "",

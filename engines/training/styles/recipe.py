@@ -26,8 +26,8 @@ class StyleRecipe:
         targets: a key of TARGETS.
         steps: optimiser steps at most, of `accumulation` clips each (on every process).
         learning_rate: its peak, after a warm-up of `warmup` of the steps; a cosine follows.
-        held_out: part of the clips that is kept for the validation loss, at least one clip.
-        evaluate_every: steps between two measurements of it.
+        held_out: part of the clips that is only measured on, at least one clip.
+        evaluate_every: steps between two measurements on them.
         patience: measurements without a new best after which the training stops.
         prompt_template: what becomes of each caption, as it will of each prompt; empty leaves them as they are.
         checkpoint_activations: computes each block again on the way back rather than keep what is inside.

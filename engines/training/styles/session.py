@@ -19,11 +19,21 @@ from cinecat.engines.core import EngineCore
 from cinecat.engines.errors import EngineError
 from cinecat.engines.memory import available_bytes
 from cinecat.engines.messages import VAE_TEMPORAL_STRIDE, CoreConfig, StyleUse
-from cinecat.engines.model import WanEncoders, find_device, find_dtype, load_encoders, load_transformer, schedule_shift
+from cinecat.engines.model import (
+    WanEncoders,
+    find_device,
+    find_dtype,
+    load_encoders,
+    load_transformer,
+    load_vae_decoder,
+    schedule_shift,
+)
+from cinecat.engines.quality.lpips import Lpips, load_lpips
 from cinecat.engines.training.evaluation import Frames, Sampling, generate
 from cinecat.engines.training.progress import Journal, training_bar
 from cinecat.engines.training.styles.clips import CaptionedClip, ClipShape, find_clips, first_frame
 from cinecat.engines.training.styles.encoded import EncodedClip, cached_path, encode_clips
+from cinecat.engines.training.styles.held_out_lpips import LEAST_SIDE, HeldOutLpips
 from cinecat.engines.training.styles.memory import check_memory, estimate_memory
 from cinecat.engines.training.styles.plugin import TrainingRecord, style_manifest, write_plugin
 from cinecat.engines.training.styles.recipe import TARGETS, StyleRecipe
@@ -58,6 +68,7 @@ class StyleTraining:
         device: "auto", "cpu" or "cuda".
         dtype: "auto", "float32" or "bfloat16".
         preview: whether the engine renders one.
+        lpips_weights: a file, as `load_lpips` reads it; LPIPS is then the criterion of the training.
     """
 
     clips: Path
@@ -74,6 +85,7 @@ class StyleTraining:
     device: str = "auto"
     dtype: str = "auto"
     preview: bool = True
+    lpips_weights: Path | None = None
 
 
 def run_training(asked: StyleTraining, say: Callable[[str], None]) -> Path:
@@ -92,6 +104,7 @@ def run_training(asked: StyleTraining, say: Callable[[str], None]) -> Path:
     checkpoint = find_checkpoint(asked.model)
     manifest = style_manifest(checkpoint, asked.name, asked.texts)
     shape = clip_shape(asked, checkpoint)
+    lpips = _load_lpips(asked.lpips_weights, shape)
     folder = asked.out / asked.name
     if folder.exists():
         raise FileExistsError(f"name: {folder} exists; give another --name or --out, or move it away")
@@ -108,7 +121,8 @@ def run_training(asked: StyleTraining, say: Callable[[str], None]) -> Path:
             "needed, one of them to measure on"
         )
     sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"
-    memory = estimate_memory(checkpoint, shape, asked.recipe, dtype, state.num_processes if sharded else 1)
+    shards = state.num_processes if sharded else 1
+    memory = estimate_memory(checkpoint, shape, asked.recipe, dtype, shards, lpips is not None)
     say(str(memory))
     check_memory(memory, available_bytes(state.device), str(state.device), state.num_processes if cpu else 1)
 
@@ -119,32 +133,39 @@ def run_training(asked: StyleTraining, say: Callable[[str], None]) -> Path:
         encoded = _encode(clips, captions, shape, checkpoint, str(state.device), asked.dtype, identity, kept, state)
     held = held_out(len(clips), asked.recipe)
     used = [index for index in range(len(clips)) if index not in held]
-    say(f"{len(used)} clips to train on, {len(held)} held out; the validation loss decides when to stop")
+    criterion = "the validation loss" if lpips is None else "LPIPS"
+    say(f"{len(used)} clips to train on, {len(held)} held out; {criterion} decides when to stop")
     places = [
         cached_path(clip, caption, shape, identity, kept).name for clip, caption in zip(clips, captions, strict=True)
     ]
-    key = repr((asked.recipe, places, state.num_processes))
+    lpips_sum = fingerprint(asked.lpips_weights) if asked.lpips_weights else ""
+    key = repr((asked.recipe, places, state.num_processes, *([lpips_sum] if lpips_sum else [])))
     journal = Journal(asked.work, f"{asked.name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}")
     if journal.checkpoint.exists():
         say(f"going on from {journal.checkpoint}")
     # A model that is to be sharded is divided from the host's memory.
     transformer = load_transformer(checkpoint, "cpu" if sharded else str(state.device), str(dtype).partition(".")[2])
     layers = len(transformer.blocks)
+    judged = [encoded[index] for index in held]
+    judge = None
+    if lpips is not None:
+        judge = HeldOutLpips(load_vae_decoder(checkpoint, str(state.device)), lpips, judged)
     style = train_style(
         transformer,
         [encoded[index] for index in used],
-        [encoded[index] for index in held],
+        judged,
         asked.recipe,
         schedule_shift(checkpoint),
         journal,
         cpu=cpu,
+        lpips=judge,
     )
-    del transformer, encoded
+    del transformer, encoded, judged, judge
     _free()
     if style.best_step == 0:
         raise SettingError(
-            f"learning_rate: {asked.recipe.learning_rate:g} never came below the loss without the style "
-            f"({style.first_loss:.4f}) in {style.steps} steps; lower it, or give more clips"
+            f"learning_rate: {asked.recipe.learning_rate:g} never came below the {style.criterion} without the "
+            f"style ({style.first_loss:.4f}) in {style.steps} steps; lower it, or give more clips"
         )
     if not state.is_main_process:
         return folder
@@ -161,6 +182,7 @@ def run_training(asked: StyleTraining, say: Callable[[str], None]) -> Path:
         processes=state.num_processes,
         seconds=time.monotonic() - started,
         memory=str(memory),
+        lpips_weights=f"{asked.lpips_weights.name} (SHA-256 {lpips_sum[:12]})" if asked.lpips_weights else "",
     )
     shown, prompt = clips[held[0]], captions[held[0]]
 
@@ -171,7 +193,7 @@ def run_training(asked: StyleTraining, say: Callable[[str], None]) -> Path:
     for note in notes:
         say(note)
     say(
-        f"validation loss {style.first_loss:.4f} -> {style.loss:.4f} at step {style.best_step} of {style.steps}, "
+        f"{style.criterion} {style.first_loss:.4f} -> {style.loss:.4f} at step {style.best_step} of {style.steps}, "
         f"{style.seconds:.0f} s"
     )
     return folder
@@ -212,6 +234,16 @@ def held_out(count: int, recipe: StyleRecipe) -> list[int]:
     amount = min(count - 1, max(1, round(count * recipe.held_out)))
     order = torch.randperm(count, generator=torch.Generator().manual_seed(recipe.seed)).tolist()
     return sorted(order[:amount])
+
+
+def _load_lpips(path: Path | None, shape: ClipShape) -> Lpips | None:
+    """Raises WeightsError for a file that does not hold the weights, SettingError for clips too small for them."""
+    if path is None:
+        return None
+    for name, pixels in (("width", shape.width), ("height", shape.height)):
+        if pixels < LEAST_SIDE:
+            raise SettingError(f"{name}: {pixels} is below {LEAST_SIDE}, which lpips-weights need")
+    return load_lpips(path)
 
 
 def _check_choices(asked: StyleTraining) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +23,9 @@ from cinecat.engines.training.progress import Journal, Pulse, training_bar
 from cinecat.engines.training.styles.encoded import EncodedClip
 from cinecat.engines.training.styles.recipe import StyleRecipe
 
+VALIDATION_LOSS, LPIPS = "validation loss", "LPIPS"
+"""What may decide which weights are kept."""
+
 _LEVELS = 8
 """Noise levels that the validation loss is the mean of, for each held-out clip."""
 
@@ -38,7 +41,7 @@ class _Progress:
     Attributes:
         step, seconds: done so far.
         running: the training loss, averaged exponentially; NaN before the first step.
-        first_loss: of the validation, before the training.
+        first_loss: what the criterion was before the training.
         best_loss, best_step, best: of the weights that are kept.
         stale: measurements since the best.
     """
@@ -55,14 +58,15 @@ class _Progress:
 
 @dataclass(frozen=True)
 class TrainedStyle:
-    """The best weights of a run by its validation loss.
+    """The best weights of a run by its criterion.
 
     Attributes:
         factors: peft's tensors by key, e.g. "blocks.0.attn2.to_q.lora_A.weight", float32 on the CPU; where the model is
             sharded, only the main process has them.
-        loss: of those weights, on the held-out clips; `first_loss` before the training.
+        loss: the criterion of those weights, on the held-out clips; `first_loss` before the training.
         steps: done in all; the best were reached at `best_step`.
         seconds: spent in them, on all runs together.
+        criterion: VALIDATION_LOSS or LPIPS; lower is better.
     """
 
     factors: dict[str, Tensor]
@@ -71,6 +75,7 @@ class TrainedStyle:
     best_step: int
     steps: int
     seconds: float
+    criterion: str = VALIDATION_LOSS
 
 
 def train_style(
@@ -82,6 +87,7 @@ def train_style(
     journal: Journal,
     save_seconds: float = 60.0,
     cpu: bool = False,
+    lpips: Callable[[Sequence[Tensor]], float] | None = None,
 ) -> TrainedStyle:
     """Trains a LoRA on the transformer, which gets peft's layers; a run that was stopped goes on from its journal.
 
@@ -93,6 +99,8 @@ def train_style(
         shift: time shift of the noise levels, as the scheduler's.
         save_seconds: between checkpoints.
         cpu: leaves a GPU alone.
+        lpips: of clean latents [16, T, H, W] that the model predicts of the held-out clips, in their order; None leaves
+            the decision to the validation loss.
     """
     dtype = transformer.patch_embedding.weight.dtype
     accelerator = Accelerator(
@@ -119,15 +127,20 @@ def train_style(
         mean: Any = accelerator.reduce(torch.tensor(value, dtype=torch.float32, device=accelerator.device), "mean")
         return float(mean)
 
-    def measure() -> float:
-        loss = agreed(probe.validation_loss(model))
+    criterion = VALIDATION_LOSS if lpips is None else LPIPS
+
+    def measure() -> dict[str, float]:
+        measured = {VALIDATION_LOSS: agreed(probe.validation_loss(model))}
+        if lpips is not None:
+            measured[LPIPS] = agreed(lpips(probe.predictions(model)))
+        loss = measured[criterion]
         if loss < progress.best_loss:
             weights: dict[str, Any] = get_state_dict(model, (), options=_WHOLE)[0]
             progress.best_loss, progress.best_step, progress.stale = loss, progress.step, 0
             progress.best = {name: tensor.clone() for name, tensor in weights.items()}
         else:
             progress.stale += 1
-        return loss
+        return measured
 
     def save() -> None:
         weights, moments = get_state_dict(model, optimiser.optimizer, options=_WHOLE)
@@ -135,9 +148,10 @@ def train_style(
             journal.save({"weights": weights, "moments": moments, **vars(progress)})
 
     if progress.step == 0:
-        progress.first_loss = measure()
+        measured = measure()
+        progress.first_loss = measured[criterion]
         if main:
-            journal.log(_row(progress, 0.0, progress.first_loss))
+            journal.log(_row(progress, 0.0, measured))
     pulse = Pulse(save_seconds)
     with training_bar("style", progress.step, recipe.steps) if main else nullcontext(_unseen) as move:
         while progress.step < recipe.steps and progress.stale < recipe.patience:
@@ -161,10 +175,10 @@ def train_style(
             mean = sum(losses) / len(losses)
             progress.running = mean if math.isnan(progress.running) else 0.9 * progress.running + 0.1 * mean
             if progress.step % recipe.evaluate_every == 0 or progress.step == recipe.steps:
-                validation = measure()
+                measured = measure()
                 if main:
-                    journal.log(_row(progress, factor, validation))
-            move(progress.step, f"loss {progress.running:.4f}, best validation {progress.best_loss:.4f}")
+                    journal.log(_row(progress, factor, measured))
+            move(progress.step, f"loss {progress.running:.4f}, best {criterion} {progress.best_loss:.4f}")
             if agreed(pulse.due()) > 0:
                 save()
     save()
@@ -177,6 +191,7 @@ def train_style(
         best_step=progress.best_step,
         steps=progress.step,
         seconds=progress.seconds,
+        criterion=criterion,
     )
 
 
@@ -232,19 +247,39 @@ class _Sampler:
         ]
         return sum(losses) / len(losses)
 
+    @torch.no_grad()
+    def predictions(self, model: Any) -> list[Tensor]:
+        """What the model makes of each clip in one step, with fixed noise: clean latents [16, T, H, W].
+
+        Half of a request's steps lie on either side of the noise level, which is 0.75 at a shift of 3. Much below it
+        the noisy clip itself shows the look, whatever the model has learnt; much above it the prediction is the blur of
+        all that could be.
+        """
+        level = float(shifted(torch.tensor(0.5), self._shift))
+        predicted = []
+        for index, clip in enumerate(self._clips):
+            noise = torch.randn(clip.clean.shape, generator=torch.Generator().manual_seed(1000 * index + _LEVELS))
+            noisy = (1 - level) * clip.clean + level * noise
+            predicted.append(noisy - level * self._velocity(model, clip, noisy, level).cpu())
+        return predicted
+
     def _at(self, model: Any, clip: EncodedClip, level: float, draw: torch.Generator) -> Tensor:
         """Mean squared error of the velocity noise - clean at a noise level."""
         noise = torch.randn(clip.clean.shape, generator=draw)
         noisy = (1 - level) * clip.clean + level * noise
-        target = (noise - clip.clean)[None].to(self._device)
-        velocity = model(
+        target = (noise - clip.clean).to(self._device)
+        return functional.mse_loss(self._velocity(model, clip, noisy, level), target)
+
+    def _velocity(self, model: Any, clip: EncodedClip, noisy: Tensor, level: float) -> Tensor:
+        """What the model predicts of a clip's latents [16, T, H, W] at a noise level, float32."""
+        velocity: Tensor = model(
             torch.cat([noisy, clip.condition])[None].to(self._device, self._dtype),
             torch.tensor([level * 1000.0], device=self._device),
             clip.context[None].to(self._device, self._dtype),
             clip.image[None].to(self._device, self._dtype),
             return_dict=False,
-        )[0]
-        return functional.mse_loss(velocity.float(), target)
+        )[0][0]
+        return velocity.float()
 
 
 def _restored(model: Any, optimiser: Any, journal: Journal) -> _Progress:
@@ -258,13 +293,13 @@ def _restored(model: Any, optimiser: Any, journal: Journal) -> _Progress:
     return _Progress(**state)
 
 
-def _row(progress: _Progress, factor: float, validation: float) -> dict[str, float | int | str]:
+def _row(progress: _Progress, factor: float, measured: Mapping[str, float]) -> dict[str, float | int | str]:
     return {
         "step": progress.step,
         "seconds": round(progress.seconds, 1),
         "schedule": round(factor, 4),
         "loss": "" if math.isnan(progress.running) else round(progress.running, 5),
-        "validation_loss": round(validation, 5),
+        **{name.lower().replace(" ", "_"): round(value, 5) for name, value in measured.items()},
     }
 
 

@@ -1,13 +1,16 @@
-"""Clips of which it is known how they move, and folders of them."""
+"""Clips of which it is known how they move, folders of them, and weights for LPIPS."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from skimage.filters import gaussian
+from torch import Tensor
 
+from cinecat.engines.quality.lpips import SHAPES
 from cinecat.engines.training.film_set import write_video
 
 Frames = NDArray[np.uint8]
@@ -27,6 +30,16 @@ def noisy(clip: Frames, amount: float, seed: int = 1) -> Frames:
     """The clip with fresh noise in every frame; `amount` is its deviation in grey levels."""
     noise = np.random.default_rng(seed).normal(0, amount, clip.shape)
     return (clip + noise).clip(0, 255).astype(np.uint8)
+
+
+def random_lpips_weights() -> dict[str, Tensor]:
+    """The same every time; distances of different pictures are neither 0 nor alike."""
+    draw = torch.Generator().manual_seed(0)
+    drawn = {key: torch.randn(shape, generator=draw) for key, shape in SHAPES.items()}
+    return {
+        key: value.abs() if key.startswith("lin") else value * (2 / max(1, value[0].numel())) ** 0.5
+        for key, value in drawn.items()
+    }
 
 
 def write_folder(folder: Path, clips: dict[str, Frames], fps: float = 8.0) -> Path:

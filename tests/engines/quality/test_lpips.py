@@ -10,26 +10,17 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from cinecat.engines.quality.lpips import SHAPES, load_lpips
+from cinecat.engines.quality.lpips import load_lpips
 from cinecat.engines.quality.weights import WeightsError
-from tests.engines.quality.samples import noisy, panned
+from tests.engines.quality.samples import noisy, panned, random_lpips_weights
 
 CLIP = panned(frames=3, side=64)
-
-
-def random_weights() -> dict[str, Tensor]:
-    draw = torch.Generator().manual_seed(0)
-    drawn = {key: torch.randn(shape, generator=draw) for key, shape in SHAPES.items()}
-    return {
-        key: value.abs() if key.startswith("lin") else value * (2 / max(1, value[0].numel())) ** 0.5
-        for key, value in drawn.items()
-    }
 
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("weights") / "lpips.safetensors"
-    save_file({**random_weights(), "classifier.6.bias": torch.zeros(3)}, path)
+    save_file({**random_lpips_weights(), "classifier.6.bias": torch.zeros(3)}, path)
     return path
 
 
@@ -58,7 +49,7 @@ def test_it_is_the_published_distance(file: Path) -> None:
     other = noisy(CLIP, 20.0)
     one, two = (torch.tensor(clip[0]).permute(2, 0, 1) / 127.5 - 1 for clip in (CLIP, other))
     assert load_lpips(file)(CLIP[:1], other[:1]) == pytest.approx(
-        float(as_published(random_weights(), one, two)), rel=1e-4
+        float(as_published(random_lpips_weights(), one, two)), rel=1e-4
     )
 
 
@@ -82,7 +73,7 @@ def test_a_long_clip_is_the_mean_of_its_frames(file: Path) -> None:
 
 
 def test_weights_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
-    weights = random_weights()
+    weights = random_lpips_weights()
     del weights["lin3.model.1.weight"]
     save_file(weights, tmp_path / "part.safetensors")
     with pytest.raises(WeightsError, match=r"lpips-weights: lin3\.model\.1\.weight .* has no such key"):

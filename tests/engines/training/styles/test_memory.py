@@ -10,7 +10,7 @@ import torch
 
 from cinecat.engines.checkpoint import Checkpoint, find_checkpoint
 from cinecat.engines.errors import OutOfMemory
-from cinecat.engines.model import load_encoders, load_transformer
+from cinecat.engines.model import load_encoders, load_transformer, load_vae_decoder
 from cinecat.engines.training.styles.clips import ClipShape
 from cinecat.engines.training.styles.memory import TrainingMemory, check_memory, estimate_memory
 from cinecat.engines.training.styles.recipe import StyleRecipe
@@ -25,8 +25,11 @@ def checkpoint(micro: Path) -> Checkpoint:
     return find_checkpoint(str(micro))
 
 
-def estimate(checkpoint: Checkpoint, shape: ClipShape = SHAPE, shards: int = 1, **changes: object) -> TrainingMemory:
-    return estimate_memory(checkpoint, shape, StyleRecipe(**changes), torch.float32, shards)  # type: ignore[arg-type]
+def estimate(
+    checkpoint: Checkpoint, shape: ClipShape = SHAPE, shards: int = 1, lpips: bool = False, **changes: object
+) -> TrainingMemory:
+    recipe = StyleRecipe(**changes)  # type: ignore[arg-type]
+    return estimate_memory(checkpoint, shape, recipe, torch.float32, shards, lpips)
 
 
 def test_weights_are_counted_exactly(checkpoint: Checkpoint) -> None:
@@ -39,6 +42,17 @@ def test_weights_are_counted_exactly(checkpoint: Checkpoint) -> None:
     transformer = load_transformer(checkpoint, "cpu", "float32")
     assert memory.transformer == sum(p.numel() * 4 for p in transformer.parameters())
     assert memory.lora == sum(p.numel() for p in add_lora(transformer, StyleRecipe())) * 16
+
+
+def test_the_decoder_is_counted_where_lpips_needs_it(checkpoint: Checkpoint) -> None:
+    without, memory = estimate(checkpoint), estimate(checkpoint, lpips=True)
+    decoder = load_vae_decoder(checkpoint, "cpu")
+    assert memory.decoder == sum(p.numel() * 4 for p in decoder.parameters())
+    assert memory.decoding > memory.activations
+    assert memory.training_phase - without.training_phase == memory.decoder + memory.decoding - memory.activations
+    assert (without.decoder, without.decoding) == (0, 0)
+    assert "LPIPS" in str(memory)
+    assert "LPIPS" not in str(without)
 
 
 def test_half_precision_halves_all_but_the_islands(checkpoint: Checkpoint) -> None:
@@ -78,6 +92,8 @@ def test_too_little_memory_is_refused_with_what_to_lower() -> None:
         check_memory(MEMORY, 2**31, "cuda:0")
     with pytest.raises(OutOfMemory, match="lower width or height, or free memory for the encoders"):
         check_memory(replace(MEMORY, encoding=2**32), 2**31, "cuda:0")
+    with pytest.raises(OutOfMemory, match="lower width or height, leave out lpips-weights"):
+        check_memory(replace(MEMORY, decoder=2**20, decoding=2**30), 2**31, "cuda:0")
     with pytest.raises(OutOfMemory, match=r"6\.00 GiB for 2 processes are needed"):
         check_memory(MEMORY, 2**32, "cpu", processes=2)
 

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 import typer
+from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
 from cinecat.engines import commands
 from cinecat.engines.training.styles import session, trainer
 from cinecat.engines.training.styles.recipe import StyleRecipe
 from cinecat.plugins.manifest import read_manifest
+from tests.engines.quality.samples import random_lpips_weights
 from tests.engines.training.styles.samples import killed_at, write_clip
 
 
@@ -111,8 +113,51 @@ def test_a_training_that_never_helped_writes_no_style(
     monkeypatch.setattr(trainer._Sampler, "validation_loss", lambda self, model: next(losses))
     result = run(*options, "--name", "dusk")
     assert result.exit_code == 2
-    assert "train-style: learning_rate: 0.01 never came below the loss without the style" in result.stderr
+    assert "train-style: learning_rate: 0.01 never came below the validation loss without the style" in result.stderr
     assert not (tmp_path / "styles").exists()
+
+
+@pytest.fixture(scope="module")
+def lpips_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "lpips.safetensors"
+    save_file(random_lpips_weights(), path)
+    return path
+
+
+def test_lpips_decides_where_its_weights_are_given_and_log_and_card_say_so(
+    options: list[object], lpips_weights: Path, tmp_path: Path
+) -> None:
+    result = run(*options, "--name", "dusk", "--no-preview", "--lpips-weights", lpips_weights)
+    assert result.exit_code == 0, result.output
+    assert "2 clips to train on, 1 held out; LPIPS decides when to stop" in result.stderr
+    assert "; for LPIPS, VAE decoder " in result.stderr
+    assert "\nLPIPS 0." in result.stderr
+    folder = tmp_path / "styles" / "dusk"
+    card = (folder / "README.md").read_text()
+    assert "| LPIPS of these weights | 0." in card
+    assert "LPIPS decides which weights are kept" in card
+    assert "| lpips_weights | lpips.safetensors (SHA-256 " in card
+    assert (folder / "training.csv").read_text().startswith("step,seconds,schedule,loss,validation_loss,lpips\n")
+
+
+def test_another_criterion_begins_a_new_training(options: list[object], lpips_weights: Path, tmp_path: Path) -> None:
+    asked = [*options, "--name", "dusk", "--no-preview"]
+    assert run(*asked).exit_code == 0
+    asked += ["--lpips-weights", lpips_weights]
+    other = run(*asked, "--out", tmp_path / "other")
+    assert other.exit_code == 0
+    assert "going on from" not in other.stderr
+    assert "going on from" in run(*asked, "--out", tmp_path / "again").stderr
+
+
+def test_clips_too_small_for_lpips_are_refused(options: list[object], lpips_weights: Path, tmp_path: Path) -> None:
+    result = run(*options, "--name", "dusk", "--lpips-weights", lpips_weights, "--width", 16)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("train-style: width: 16 is below 32, which lpips-weights need")
+    result = run(*options, "--name", "dusk", "--lpips-weights", tmp_path / "none.safetensors")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("train-style: lpips-weights: ")
+    assert not (tmp_path / "work").exists()
 
 
 def test_a_style_that_exists_is_not_trained_again(options: list[object], tmp_path: Path) -> None:

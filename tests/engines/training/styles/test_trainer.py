@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,9 +17,13 @@ from tests.engines.training.styles.samples import RECIPE, encoded_clips, killed_
 CLIPS = encoded_clips(4)
 
 
-def train(journal: Journal, save_seconds: float = 60.0, **changes: object) -> TrainedStyle:
+def train(
+    journal: Journal, save_seconds: float = 60.0, lpips: Callable[..., float] | None = None, **changes: object
+) -> TrainedStyle:
     recipe = replace(RECIPE, **changes)  # type: ignore[arg-type]
-    return train_style(small_transformer(), CLIPS[:3], CLIPS[3:], recipe, 3.0, journal, save_seconds, cpu=True)
+    return train_style(
+        small_transformer(), CLIPS[:3], CLIPS[3:], recipe, 3.0, journal, save_seconds, cpu=True, lpips=lpips
+    )
 
 
 def test_a_killed_training_resumes_as_if_never_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,6 +64,49 @@ def test_it_stops_when_nothing_gets_better_and_keeps_the_best(tmp_path: Path, mo
     monkeypatch.setattr(_Sampler, "validation_loss", lambda self, model: next(losses))
     style = train(Journal(tmp_path, "run"), steps=50, evaluate_every=1, patience=2)
     assert (style.steps, style.best_step, style.loss, style.first_loss) == (3, 1, 4.0, 5.0)
+
+
+def test_lpips_decides_where_there_is_one_and_both_are_in_the_curve(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses, distances = iter([5.0, 4.0, 3.0, 2.0]), iter([0.5, 0.2, 0.4, 0.3])
+    monkeypatch.setattr(_Sampler, "validation_loss", lambda self, model: next(losses))
+    style = train(Journal(tmp_path, "run"), lpips=lambda clips: next(distances), steps=50, evaluate_every=1, patience=2)
+    assert (style.steps, style.best_step, style.criterion) == (3, 1, "LPIPS")
+    assert (style.loss, style.first_loss) == (0.2, 0.5)
+    rows = without_seconds(tmp_path / "run.csv")
+    assert [row[-2:] for row in rows] == [
+        ["validation_loss", "lpips"],
+        ["5.0", "0.5"],
+        ["4.0", "0.2"],
+        ["3.0", "0.4"],
+        ["2.0", "0.3"],
+    ]
+
+
+def test_lpips_sees_the_same_prediction_until_the_weights_change(tmp_path: Path) -> None:
+    seen: list[torch.Tensor] = []
+
+    def lpips(predicted: Sequence[torch.Tensor]) -> float:
+        seen.extend(predicted)
+        return 1.0
+
+    train(Journal(tmp_path, "one"), lpips=lpips, steps=2)
+    train(Journal(tmp_path, "two"), lpips=lpips, steps=2, seed=1)
+    before, after, before_again, _ = seen
+    assert before.shape == CLIPS[3].clean.shape
+    assert torch.equal(before, before_again)
+    assert not torch.equal(before, after)
+
+
+def test_a_perfect_model_predicts_the_clip_itself() -> None:
+    clip = CLIPS[0]
+
+    def perfect(latents: torch.Tensor, timestep: torch.Tensor, *_: object, **__: object) -> tuple[torch.Tensor]:
+        return ((latents[:, :16] - clip.clean) / (timestep / 1000.0),)
+
+    sampler = _Sampler([clip], RECIPE, 3.0, torch.device("cpu"), torch.float32)
+    assert sampler.predictions(perfect)[0] == pytest.approx(clip.clean, abs=1e-5)
 
 
 def test_activations_may_be_kept_instead_of_computed_again(tmp_path: Path) -> None:
