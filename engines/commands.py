@@ -84,6 +84,9 @@ def train_style(
             help="safetensors file of AlexNet and LPIPS' heads; LPIPS then decides when to stop, not the loss."
         ),
     ] = None,
+    save_seconds: Annotated[
+        float, typer.Option(min=0, help="Seconds between two checkpoints; 0 is every step.")
+    ] = 60.0,
     preview: Annotated[bool, typer.Option(help="Render one with the engine.")] = True,
 ) -> None:
     """Trains a style on a few captioned clips, for any Wan2.1 I2V checkpoint."""
@@ -125,6 +128,7 @@ def train_style(
         dtype=dtype,
         preview=preview,
         lpips_weights=lpips_weights,
+        save_seconds=save_seconds,
     )
     # Under `accelerate launch` every process comes here, and one of them speaks.
     main = os.environ.get("RANK", "0") == "0"

@@ -69,6 +69,7 @@ class StyleTraining:
         dtype: "auto", "float32" or "bfloat16".
         preview: whether the engine renders one.
         lpips_weights: a file, as `load_lpips` reads it; LPIPS is then the criterion of the training.
+        save_seconds: between checkpoints.
     """
 
     clips: Path
@@ -86,6 +87,7 @@ class StyleTraining:
     dtype: str = "auto"
     preview: bool = True
     lpips_weights: Path | None = None
+    save_seconds: float = 60.0
 
 
 def run_training(asked: StyleTraining, say: Callable[[str], None]) -> Path:
@@ -157,6 +159,7 @@ def run_training(asked: StyleTraining, say: Callable[[str], None]) -> Path:
         asked.recipe,
         schedule_shift(checkpoint),
         journal,
+        asked.save_seconds,
         cpu=cpu,
         lpips=judge,
     )
