@@ -60,6 +60,11 @@ class Ballot:
         self._next = 0
 
     @property
+    def titles(self) -> tuple[str, str]:
+        """Names of the folders."""
+        return Path(self._a).name, Path(self._b).name
+
+    @property
     def done(self) -> int:
         """Pairs that this voter has judged, now or earlier."""
         return self.total - len(self._showings) + self._next

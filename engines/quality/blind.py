@@ -164,12 +164,16 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send_pair(self) -> None:
         showing = self._ballot.current()
-        state = {
+        state: dict[str, Any] = {
             "question": self._ballot.question,
             "done": self._ballot.done,
             "total": self._ballot.total,
             "pair": showing.number if showing else None,
         }
+        if showing is None:
+            result, (a, b) = self._ballot.result(), self._ballot.titles
+            span = {"share": result.share, "low": result.low, "high": result.high}
+            state["result"] = {"text": str(result), "a": a, "b": b, **span}
         self._send(HTTPStatus.OK, "application/json", json.dumps(state).encode())
 
     def _send_clip(self, number: int, which: str) -> None:

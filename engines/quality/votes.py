@@ -68,7 +68,9 @@ class Preference:
 
     def __str__(self) -> str:
         votes = self.a + self.b + self.same
-        counted = f"{votes} votes of {self.voters} {'voter' if self.voters == 1 else 'voters'}"
+        counted = (
+            f"{votes} {'vote' if votes == 1 else 'votes'} of {self.voters} {'voter' if self.voters == 1 else 'voters'}"
+        )
         told = f"{counted}: A {self.a}, B {self.b}, no difference {self.same}"
         if self.share is None:
             return f"{told}; nothing can be said of a preference yet"

@@ -156,7 +156,10 @@ def test_a_person_sees_every_pair_and_then_the_end(server: BlindServer) -> None:
         assert not server.finished.is_set()
         status, body, _ = ask(server, "/vote", {"pair": state["pair"], "answer": "same"})
         assert status == 200
-    assert json.loads(body)["pair"] is None
+    told = json.loads(body)
+    assert told["pair"] is None
+    assert told["result"]["text"] == str(server.ballot.result())
+    assert (told["result"]["a"], told["result"]["b"]) == ("a", "b")
     assert server.finished.wait(5)
 
 
@@ -281,7 +284,7 @@ def test_ctrl_c_prints_the_preference(
     result = run(*folders, "--blind", "--out", tmp_path / "votes.csv", "--question", QUESTION)
     assert result.exit_code == 0, result.output
     assert "Open http://127.0.0.1:" in result.stderr
-    assert "1 votes of 1 voter: A 1, B 0, no difference 0; A is preferred in 100.0%" in result.stdout
+    assert "1 vote of 1 voter: A 1, B 0, no difference 0; A is preferred in 100.0%" in result.stdout
 
 
 def test_when_all_is_judged_the_result_comes_at_once(folders: tuple[Path, Path], tmp_path: Path) -> None:
