@@ -1,0 +1,1 @@
+"""Token plans: which latent patches share a token, and what that does to a forward."""
