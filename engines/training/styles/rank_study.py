@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
-from numpy.typing import NDArray
 
 from cinecat.engines.checkpoint import Checkpoint
 from cinecat.engines.core import EngineCore
@@ -16,19 +12,17 @@ from cinecat.engines.messages import CoreConfig, StyleUse
 from cinecat.engines.model import load_encoders, load_transformer, schedule_shift
 from cinecat.engines.quality.comparison import Meter
 from cinecat.engines.training.evaluation import Sampling, follows, generate
-from cinecat.engines.training.film import HELD_OUT, Clip, render
+from cinecat.engines.training.film import HELD_OUT, Clip
 from cinecat.engines.training.film_set import write_film
-from cinecat.engines.training.grades import GRADES
 from cinecat.engines.training.progress import Journal, training_bar
-from cinecat.engines.training.scenes import Kind, Scene, draw_scene
+from cinecat.engines.training.scenes import Kind, Scene
 from cinecat.engines.training.styles.clips import ClipShape, find_clips
 from cinecat.engines.training.styles.encoded import EncodedClip, encode_clips
+from cinecat.engines.training.styles.looks import Look, draw_films
 from cinecat.engines.training.styles.plugin import save_lora
 from cinecat.engines.training.styles.recipe import StyleRecipe
 from cinecat.engines.training.styles.trainer import train_style
 from cinecat.plugins.fingerprint import fingerprint
-
-Frames = NDArray[np.uint8]
 
 UNSEEN_SHAPES = frozenset({"ring", "cross", "heart"})
 UNSEEN_COLOURS = frozenset({"cyan", "pink"})
@@ -36,23 +30,6 @@ UNSEEN_WALLS = frozenset({"checkered", "cluttered"})
 """What no film that the style is trained on shows, and every cross-domain shot does; the base model knows them all."""
 
 _TRAINED_KINDS: tuple[Kind, ...] = ("slide", "still", "turn", "grow")
-_MOST_DRAWS = 20_000
-_LEAST_EFFECT = 2.0
-"""Grey levels by which a look must change a shot's statistic for a share of it to mean something."""
-
-
-def saturation(clip: Frames) -> float:
-    """Mean over all pixels of the largest less the smallest channel, in grey levels."""
-    return float(np.ptp(clip.astype(np.int16), axis=-1).mean())
-
-
-def warmth(clip: Frames) -> float:
-    """Mean of red less blue, in grey levels."""
-    return float((clip[..., 0].astype(np.int16) - clip[..., 2]).mean())
-
-
-STATISTICS: dict[str, Callable[[Frames], float]] = {"noir": saturation, "amber": warmth, "blueprint": warmth}
-"""What each grade of GRADES moves most plainly."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +37,7 @@ class RankWork:
     """The fixed work.
 
     Attributes:
-        grade: the look; a key of STATISTICS.
+        grade: the look; a key of looks.STATISTICS.
         targets: as in StyleRecipe.
         scale: alpha over rank, the same for every rank.
         films, held_out: trained on, and measured for the validation loss.
@@ -74,15 +51,19 @@ class RankWork:
     targets: str = "all"
     ranks: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     scale: float = 2.0
-    films: int = 20
+    films: int = 36
     held_out: int = 2
     shots: int = 5
-    steps: int = 70
-    learning_rate: float = 1e-3
+    steps: int = 110
+    learning_rate: float = 2e-3
     sampling_steps: int = 8
     side: int = 128
     frames: int = 17
     fps: float = 8.0
+
+    @property
+    def look(self) -> Look:
+        return Look(self.grade)
 
     def recipe(self, rank: int) -> StyleRecipe:
         return StyleRecipe(
@@ -195,7 +176,7 @@ class _Stage:
         self._work = work
         self._meter = Meter()
         self._domains = tuple(
-            [self._asked(film) for film in _films(HELD_OUT, work.shots, ("slide",), fits, work, tellable=True)]
+            [self._asked(film) for film in work.look.judged_films(HELD_OUT, work.shots, work.frames, work.side, fits)]
             for fits in (_seen, _unseen)
         )
 
@@ -215,7 +196,7 @@ class _Stage:
         return in_domain, cross_domain
 
     def _asked(self, film: Clip) -> _AskedShot:
-        truth = _graded(film, self._work)
+        truth = self._work.look.graded(film)
         motion = self._meter.of_clip(truth.frames, self._work.fps).get("motion_score", math.nan)
         return _AskedShot(film, truth, motion)
 
@@ -224,7 +205,7 @@ class _Stage:
         sampling = Sampling(work.sampling_steps, guidance_scale=1.0)
         clip = generate(self._core, film.first_frame, film.caption, work.frames, sampling, styles)
         return StyledShot(
-            effect=_effect(clip, film, truth, work),
+            effect=work.look.effect(clip, film),
             follows=follows(truth, clip, film.scene.direction or ""),
             scores=self._meter.of_pair(clip, truth.frames) | self._meter.of_clip(clip, work.fps),
             true_motion_score=asked.true_motion_score,
@@ -235,7 +216,7 @@ def _encoded_films(checkpoint: Checkpoint, work: RankWork, shape: ClipShape, fol
     films = folder / "films"
     films.mkdir()
     count = work.held_out + work.films
-    for index, film in enumerate(_films(0, count, _TRAINED_KINDS, _seen, work)):
+    for index, film in enumerate(draw_films(0, count, _TRAINED_KINDS, work.frames, work.side, _seen)):
         write_film(films / f"film-{index:04d}.mp4", film, work.grade, work.fps)
     clips, problems = find_clips(films, shape)
     if problems:
@@ -251,55 +232,6 @@ def _encoded_films(checkpoint: Checkpoint, work: RankWork, shape: ClipShape, fol
             folder / "clips",
             lambda done: move(done, ""),
         )
-
-
-def _films(
-    first_seed: int,
-    count: int,
-    kinds: Sequence[Kind],
-    fits: Callable[[Scene], bool],
-    work: RankWork,
-    tellable: bool = False,
-) -> Iterator[Clip]:
-    """The first films from a seed on that fit.
-
-    Args:
-        tellable: leaves out those whose graded truth does not itself pass for moving as asked, since the subject cannot
-            be told from the wall in the grade, or is hardly changed by it.
-
-    Raises:
-        ValueError: too few are found.
-    """
-    found = 0
-    for seed in range(first_seed, first_seed + _MOST_DRAWS):
-        if found == count:
-            break
-        scene = draw_scene(seed, work.frames, kind=kinds[found % len(kinds)])
-        if not fits(scene):
-            continue
-        film = render(scene, work.side, work.side)
-        if not tellable or _is_tellable(film, work):
-            found += 1
-            yield film
-    if found < count:
-        raise ValueError(f"grade: {_MOST_DRAWS} films in {work.grade!r} hold fewer than {count} that can be judged")
-
-
-def _is_tellable(film: Clip, work: RankWork) -> bool:
-    truth = _graded(film, work)
-    statistic = STATISTICS[work.grade]
-    changed = abs(statistic(truth.frames) - statistic(film.frames)) >= _LEAST_EFFECT
-    return changed and follows(truth, truth.frames, film.scene.direction or "")
-
-
-def _effect(clip: Frames, film: Clip, truth: Clip, work: RankWork) -> float:
-    statistic = STATISTICS[work.grade]
-    plain, graded = statistic(film.frames), statistic(truth.frames)
-    return (statistic(clip) - plain) / (graded - plain)
-
-
-def _graded(film: Clip, work: RankWork) -> Clip:
-    return replace(film, frames=GRADES[work.grade](film.frames))
 
 
 def _seen(scene: Scene) -> bool:
