@@ -85,7 +85,7 @@ class TorchBlocks:
         return tokens
 
 
-class _BiasedAttention(WanAttnProcessor):
+class _BiasedAttention(WanAttnProcessor):  # type: ignore[misc]
     """diffusers' self-attention with the key bias of the running forward, which its blocks do not pass on."""
 
     key_bias: Tensor | None = None
@@ -209,4 +209,4 @@ class Denoiser:
         shift, scale = (transformer.scale_shift_table + time_embedding.unsqueeze(1)).chunk(2, dim=1)
         hidden = (transformer.norm_out(hidden.float()) * (1 + scale) + shift).type_as(hidden)
         output: Tensor = transformer.proj_out(hidden)
-        return output.unflatten(2, (path.PATCH**2, -1)).transpose(2, 3).flatten(2)
+        return output.view(*output.shape[:2], path.PATCH**2, -1).transpose(2, 3).flatten(2)

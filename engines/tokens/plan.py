@@ -154,7 +154,8 @@ class TokenPlan:
     def to_bytes(self) -> bytes:
         """The plan as a safetensors file."""
         grid = torch.tensor([self.grid.frames, self.grid.height, self.grid.width])
-        return save({"grid": grid, "leaders": self.leaders.cpu().to(torch.int32)})
+        data: bytes = save({"grid": grid, "leaders": self.leaders.cpu().to(torch.int32)})
+        return data
 
     @classmethod
     def from_bytes(cls, data: bytes) -> TokenPlan:

@@ -34,12 +34,12 @@ from cinecat.engines.training.progress import Journal, training_bar
 from cinecat.engines.training.styles.clips import CaptionedClip, ClipShape, find_clips, first_frame
 from cinecat.engines.training.styles.encoded import EncodedClip, cached_path, encode_clips
 from cinecat.engines.training.styles.held_out_lpips import LEAST_SIDE, HeldOutLpips
-from cinecat.engines.training.styles.memory import check_memory, estimate_memory
+from cinecat.engines.training.styles.memory import TrainingMemory, check_memory, estimate_memory
 from cinecat.engines.training.styles.plugin import TrainingRecord, style_manifest, write_plugin
 from cinecat.engines.training.styles.recipe import TARGETS, StyleRecipe
-from cinecat.engines.training.styles.trainer import train_style
+from cinecat.engines.training.styles.trainer import TrainedStyle, train_style
 from cinecat.plugins.fingerprint import fingerprint
-from cinecat.plugins.manifest import PROMPT
+from cinecat.plugins.manifest import PROMPT, StyleManifest
 
 TINY_FAMILY = "wan2.1-i2v-tiny"
 
@@ -103,6 +103,51 @@ def run_training(asked: StyleTraining, say: Callable[[str], None]) -> Path:
     """
     started = time.monotonic()
     _check_choices(asked)
+    state = PartialState(cpu=find_device(asked.device).type == "cpu", timeout=_PATIENCE)
+    say = say if state.is_main_process else _unheard
+    ready = _prepare(asked, state, say)
+    style, journal = _train(asked, ready, state, say)
+    if style.best_step == 0:
+        raise SettingError(
+            f"learning_rate: {asked.recipe.learning_rate:g} never came below the {style.criterion} without the "
+            f"style ({style.first_loss:.4f}) in {style.steps} steps; lower it, or give more clips"
+        )
+    if state.is_main_process:
+        _write(asked, ready, style, journal, state, time.monotonic() - started, say)
+    return ready.folder
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """What is known before anything is loaded.
+
+    Attributes:
+        folder: that the style is written to.
+        prompts: of the clips, captions as the recipe's template makes them.
+        held_out: indices of the clips that are only measured on.
+        left_out: what was wrong with clips that are not used.
+    """
+
+    checkpoint: Checkpoint
+    manifest: StyleManifest
+    shape: ClipShape
+    folder: Path
+    dtype: torch.dtype
+    sharded: bool
+    lpips: Lpips | None
+    lpips_sum: str
+    clips: list[CaptionedClip]
+    prompts: list[str]
+    held_out: list[int]
+    left_out: list[str]
+    memory: TrainingMemory
+
+    @property
+    def used(self) -> list[int]:
+        return [index for index in range(len(self.clips)) if index not in self.held_out]
+
+
+def _prepare(asked: StyleTraining, state: PartialState, say: Callable[[str], None]) -> _Ready:
     checkpoint = find_checkpoint(asked.model)
     manifest = style_manifest(checkpoint, asked.name, asked.texts)
     shape = clip_shape(asked, checkpoint)
@@ -110,10 +155,6 @@ def run_training(asked: StyleTraining, say: Callable[[str], None]) -> Path:
     folder = asked.out / asked.name
     if folder.exists():
         raise FileExistsError(f"name: {folder} exists; give another --name or --out, or move it away")
-    cpu = find_device(asked.device).type == "cpu"
-    state = PartialState(cpu=cpu, timeout=_PATIENCE)
-    say = say if state.is_main_process else _unheard
-    dtype = find_dtype(asked.dtype, state.device)
     clips, left_out = find_clips(asked.clips, shape)
     for sentence in left_out:
         say(f"left out: {sentence}")
@@ -122,84 +163,108 @@ def run_training(asked: StyleTraining, say: Callable[[str], None]) -> Path:
             f"clips: {asked.clips} holds {len(clips)} clips that can be trained on; at least {_LEAST_CLIPS} are "
             "needed, one of them to measure on"
         )
+    dtype = find_dtype(asked.dtype, state.device)
     sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"
     shards = state.num_processes if sharded else 1
     memory = estimate_memory(checkpoint, shape, asked.recipe, dtype, shards, lpips is not None)
     say(str(memory))
-    check_memory(memory, available_bytes(state.device), str(state.device), state.num_processes if cpu else 1)
+    sharing = state.num_processes if state.device.type == "cpu" else 1
+    check_memory(memory, available_bytes(state.device), str(state.device), sharing)
+    return _Ready(
+        checkpoint=checkpoint,
+        manifest=manifest,
+        shape=shape,
+        folder=folder,
+        dtype=dtype,
+        sharded=sharded,
+        lpips=lpips,
+        lpips_sum=fingerprint(asked.lpips_weights) if asked.lpips_weights else "",
+        clips=clips,
+        prompts=[_as_prompt(asked.recipe, clip.caption) for clip in clips],
+        held_out=held_out(len(clips), asked.recipe),
+        left_out=left_out,
+        memory=memory,
+    )
 
-    captions = [_as_prompt(asked.recipe, clip.caption) for clip in clips]
-    identity = f"{checkpoint.fingerprint} {dtype}"
+
+def _train(
+    asked: StyleTraining, ready: _Ready, state: PartialState, say: Callable[[str], None]
+) -> tuple[TrainedStyle, Journal]:
+    """The trained style, on every process, and the journal that holds its curve."""
+    checkpoint, shape, device = ready.checkpoint, ready.shape, str(state.device)
+    identity = f"{checkpoint.fingerprint} {ready.dtype}"
     kept = asked.work / "clips"
     with state.main_process_first():
-        encoded = _encode(clips, captions, shape, checkpoint, str(state.device), asked.dtype, identity, kept, state)
-    held = held_out(len(clips), asked.recipe)
-    used = [index for index in range(len(clips)) if index not in held]
-    criterion = "the validation loss" if lpips is None else "LPIPS"
-    say(f"{len(used)} clips to train on, {len(held)} held out; {criterion} decides when to stop")
+        encoded = _encode(ready, device, asked.dtype, identity, kept, state)
+    criterion = "the validation loss" if ready.lpips is None else "LPIPS"
+    say(f"{len(ready.used)} clips to train on, {len(ready.held_out)} held out; {criterion} decides when to stop")
     places = [
-        cached_path(clip, caption, shape, identity, kept).name for clip, caption in zip(clips, captions, strict=True)
+        cached_path(clip, prompt, shape, identity, kept).name
+        for clip, prompt in zip(ready.clips, ready.prompts, strict=True)
     ]
-    lpips_sum = fingerprint(asked.lpips_weights) if asked.lpips_weights else ""
-    key = repr((asked.recipe, places, state.num_processes, *([lpips_sum] if lpips_sum else [])))
+    key = repr((asked.recipe, places, state.num_processes, *([ready.lpips_sum] if ready.lpips_sum else [])))
     journal = Journal(asked.work, f"{asked.name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}")
     if journal.checkpoint.exists():
         say(f"going on from {journal.checkpoint}")
-    # A model that is to be sharded is divided from the host's memory.
-    transformer = load_transformer(checkpoint, "cpu" if sharded else str(state.device), str(dtype).partition(".")[2])
-    layers = len(transformer.blocks)
-    judged = [encoded[index] for index in held]
+    judged = [encoded[index] for index in ready.held_out]
     judge = None
-    if lpips is not None:
-        judge = HeldOutLpips(load_vae_decoder(checkpoint, str(state.device)), lpips, judged)
+    if ready.lpips is not None:
+        judge = HeldOutLpips(load_vae_decoder(checkpoint, device), ready.lpips, judged)
+    # A model that is to be sharded is divided from the host's memory.
+    place = "cpu" if ready.sharded else device
     style = train_style(
-        transformer,
-        [encoded[index] for index in used],
+        load_transformer(checkpoint, place, str(ready.dtype).partition(".")[2]),
+        [encoded[index] for index in ready.used],
         judged,
         asked.recipe,
         schedule_shift(checkpoint),
         journal,
         asked.save_seconds,
-        cpu=cpu,
+        cpu=state.device.type == "cpu",
         lpips=judge,
     )
-    del transformer, encoded, judged, judge
+    return style, journal
+
+
+def _write(
+    asked: StyleTraining,
+    ready: _Ready,
+    style: TrainedStyle,
+    journal: Journal,
+    state: PartialState,
+    seconds: float,
+    say: Callable[[str], None],
+) -> None:
     _free()
-    if style.best_step == 0:
-        raise SettingError(
-            f"learning_rate: {asked.recipe.learning_rate:g} never came below the {style.criterion} without the "
-            f"style ({style.first_loss:.4f}) in {style.steps} steps; lower it, or give more clips"
-        )
-    if not state.is_main_process:
-        return folder
     record = TrainingRecord(
-        model=checkpoint.name,
-        fingerprint=checkpoint.fingerprint,
-        shape=shape,
+        model=ready.checkpoint.name,
+        fingerprint=ready.checkpoint.fingerprint,
+        shape=ready.shape,
         recipe=asked.recipe,
-        used=[clips[index].path.name for index in used],
-        held_out=[clips[index].path.name for index in held],
-        left_out=left_out,
+        used=[ready.clips[index].path.name for index in ready.used],
+        held_out=[ready.clips[index].path.name for index in ready.held_out],
+        left_out=ready.left_out,
         device=torch.cuda.get_device_name(state.device) if state.device.type == "cuda" else "CPU",
-        dtype=str(dtype).partition(".")[2],
+        dtype=str(ready.dtype).partition(".")[2],
         processes=state.num_processes,
-        seconds=time.monotonic() - started,
-        memory=str(memory),
-        lpips_weights=f"{asked.lpips_weights.name} (SHA-256 {lpips_sum[:12]})" if asked.lpips_weights else "",
+        seconds=seconds,
+        memory=str(ready.memory),
+        lpips_weights=f"{asked.lpips_weights.name} (SHA-256 {ready.lpips_sum[:12]})" if asked.lpips_weights else "",
     )
-    shown, prompt = clips[held[0]], captions[held[0]]
+    shown = ready.held_out[0]
 
     def render(weights: Path) -> Frames:
-        return _preview(checkpoint, asked, shape, shown, prompt, weights, str(state.device))
+        clip, prompt = ready.clips[shown], ready.prompts[shown]
+        return _preview(ready.checkpoint, asked, ready.shape, clip, prompt, weights, str(state.device))
 
-    notes = write_plugin(folder, manifest, style, record, layers, journal.curve, render if asked.preview else None)
-    for note in notes:
+    layers = read_json(ready.checkpoint.folder / "transformer" / "config.json")["num_layers"]
+    preview = render if asked.preview else None
+    for note in write_plugin(ready.folder, ready.manifest, style, record, int(layers), journal.curve, preview):
         say(note)
     say(
         f"{style.criterion} {style.first_loss:.4f} -> {style.loss:.4f} at step {style.best_step} of {style.steps}, "
         f"{style.seconds:.0f} s"
     )
-    return folder
 
 
 def clip_shape(asked: StyleTraining, checkpoint: Checkpoint) -> ClipShape:
@@ -266,23 +331,16 @@ def _as_prompt(recipe: StyleRecipe, caption: str) -> str:
 
 
 def _encode(
-    clips: Sequence[CaptionedClip],
-    captions: Sequence[str],
-    shape: ClipShape,
-    checkpoint: Checkpoint,
-    device: str,
-    dtype: str,
-    identity: str,
-    folder: Path,
-    state: PartialState,
+    ready: _Ready, device: str, dtype: str, identity: str, folder: Path, state: PartialState
 ) -> list[EncodedClip]:
     def load() -> WanEncoders:
-        return load_encoders(checkpoint, device, dtype)
+        return load_encoders(ready.checkpoint, device, dtype)
 
+    clips, prompts, shape = ready.clips, ready.prompts, ready.shape
     if not state.is_main_process:
-        return encode_clips(load, clips, captions, shape, identity, folder)
+        return encode_clips(load, clips, prompts, shape, identity, folder)
     with training_bar("clips", 0, len(clips)) as move:
-        encoded = encode_clips(load, clips, captions, shape, identity, folder, lambda done: move(done, ""))
+        encoded = encode_clips(load, clips, prompts, shape, identity, folder, lambda done: move(done, ""))
     _free()
     return encoded
 
