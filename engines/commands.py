@@ -60,7 +60,9 @@ def train_style(
     alpha: Annotated[float, typer.Option(min=0.001, max=1e6, help="Its effect is alpha / rank.")] = 16.0,
     targets: Annotated[str, typer.Option(help="Which linears: cross-attention, attention or all.")] = "cross-attention",
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps, at most.")] = 500,
-    learning_rate: Annotated[float, typer.Option(min=1e-8, max=1.0, help="Its peak.")] = 1e-4,
+    learning_rate: Annotated[
+        float | None, typer.Option(min=1e-8, max=1.0, help="Its peak [0.002 for wan-tiny, else 0.0001].")
+    ] = None,
     accumulation: Annotated[int, typer.Option(min=1, help="Clips per optimiser step and process.")] = 4,
     evaluate_every: Annotated[int, typer.Option(min=1, help="Steps between two validations.")] = 25,
     patience: Annotated[int, typer.Option(min=1, help="Validations without a new best before it stops.")] = 6,
@@ -111,7 +113,6 @@ def train_style(
             targets=targets,
             steps=steps,
             accumulation=accumulation,
-            learning_rate=learning_rate,
             held_out=held_out,
             evaluate_every=evaluate_every,
             patience=patience,
@@ -124,6 +125,7 @@ def train_style(
         height=height,
         frames=frames,
         fps=fps,
+        learning_rate=learning_rate,
         device=device,
         dtype=dtype,
         preview=preview,

@@ -7,7 +7,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -43,6 +43,18 @@ from cinecat.plugins.manifest import PROMPT, StyleManifest
 
 TINY_FAMILY = "wan2.1-i2v-tiny"
 
+
+@dataclass(frozen=True)
+class _Defaults:
+    """What a family of models is trained with where nothing else is asked for."""
+
+    shape: ClipShape
+    learning_rate: float
+
+
+_TINY = _Defaults(ClipShape(128, 128, 17, 8.0), learning_rate=2e-3)
+_LARGE = _Defaults(ClipShape(832, 480, 81, 16.0), learning_rate=1e-4)
+
 _LEAST_CLIPS = 2
 _PREVIEW_STEPS = 20
 # The first process encodes while the others wait for it.
@@ -65,6 +77,7 @@ class StyleTraining:
         work: checkpoints, curves and encoded clips; a stopped training goes on from here.
         texts: further keys of style.toml, e.g. "title" and "version".
         width, height, frames, fps: of every clip; None leaves it to the model's family.
+        learning_rate: in place of the recipe's; None leaves it to the model's family.
         device: "auto", "cpu" or "cuda".
         dtype: "auto", "float32" or "bfloat16".
         preview: whether the engine renders one.
@@ -83,6 +96,7 @@ class StyleTraining:
     height: int | None = None
     frames: int | None = None
     fps: float | None = None
+    learning_rate: float | None = None
     device: str = "auto"
     dtype: str = "auto"
     preview: bool = True
@@ -103,9 +117,12 @@ def run_training(asked: StyleTraining, say: Callable[[str], None]) -> Path:
     """
     started = time.monotonic()
     _check_choices(asked)
+    checkpoint = find_checkpoint(asked.model)
+    rate = _defaults(checkpoint).learning_rate if asked.learning_rate is None else asked.learning_rate
+    asked = replace(asked, recipe=replace(asked.recipe, learning_rate=rate))
     state = PartialState(cpu=find_device(asked.device).type == "cpu", timeout=_PATIENCE)
     say = say if state.is_main_process else _unheard
-    ready = _prepare(asked, state, say)
+    ready = _prepare(asked, checkpoint, state, say)
     style, journal = _train(asked, ready, state, say)
     if style.best_step == 0:
         raise SettingError(
@@ -147,8 +164,7 @@ class _Ready:
         return [index for index in range(len(self.clips)) if index not in self.held_out]
 
 
-def _prepare(asked: StyleTraining, state: PartialState, say: Callable[[str], None]) -> _Ready:
-    checkpoint = find_checkpoint(asked.model)
+def _prepare(asked: StyleTraining, checkpoint: Checkpoint, state: PartialState, say: Callable[[str], None]) -> _Ready:
     manifest = style_manifest(checkpoint, asked.name, asked.texts)
     shape = clip_shape(asked, checkpoint)
     lpips = _load_lpips(asked.lpips_weights, shape)
@@ -267,13 +283,17 @@ def _write(
     )
 
 
+def _defaults(checkpoint: Checkpoint) -> _Defaults:
+    return _TINY if checkpoint.family == TINY_FAMILY else _LARGE
+
+
 def clip_shape(asked: StyleTraining, checkpoint: Checkpoint) -> ClipShape:
     """The size that is asked for, or the family's own.
 
     Raises:
         SettingError: the model cannot take it.
     """
-    own = ClipShape(128, 128, 17, 8.0) if checkpoint.family == TINY_FAMILY else ClipShape(832, 480, 81, 16.0)
+    own = _defaults(checkpoint).shape
     shape = ClipShape(
         own.width if asked.width is None else asked.width,
         own.height if asked.height is None else asked.height,
