@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,13 +21,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cinecat.engines.messages import VAE_TEMPORAL_STRIDE
-from cinecat.engines.model import WanModel
+from cinecat.engines import stages
+from cinecat.engines.model import WanEncoders, WanModel
 from cinecat.engines.stages import starting_noise
 from cinecat.engines.training.cat.recipe import CatRecipe
 from cinecat.engines.training.cat.two_paths import Given, TwoPaths
 from cinecat.engines.training.film import HELD_OUT, make_clip
-from cinecat.engines.training.latents import LatentSet, encode_films
+from cinecat.engines.training.vae import encode, to_video
 
 Kind = Literal["noised", "sampled", "merged"]
 KINDS: tuple[Kind, ...] = ("noised", "sampled", "merged")
@@ -56,6 +56,18 @@ class TraceSpec:
     rung: float
     style: str
     bare: bool
+
+
+@dataclass(frozen=True)
+class Film:
+    """An encoded film.
+
+    Attributes:
+        clean: its own normalised latents [16, T, H, W], float32, where a course is to begin with them.
+    """
+
+    given: Given
+    clean: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -94,9 +106,8 @@ class Trace:
 
     def given(self) -> Given:
         with safe_open(self.path, "pt") as file:
-            return Given(
-                _with_mask(file.get_tensor("given").float()), file.get_tensor("text"), file.get_tensor("image")
-            )
+            condition, text, image = (file.get_tensor(name) for name in ("condition", "text", "image"))
+            return Given(condition.float(), text, image)
 
 
 def draw_specs(recipe: CatRecipe, styles: Sequence[str]) -> tuple[list[TraceSpec], list[TraceSpec]]:
@@ -156,43 +167,52 @@ def make_traces(
     for done, trace in enumerate(traces, start=1):
         if not trace.path.exists():
             spec = trace.spec
-            film = encode_films(
-                model,
-                lambda seed, spec=spec: [make_clip(seed, spec.frames, spec.height, spec.width)],  # type: ignore[misc]
-                range(spec.seed, spec.seed + 1),
-            )
             scheduler = model.new_scheduler(spec.steps)
             trace.path.parent.mkdir(parents=True, exist_ok=True)
             staging = trace.path.with_suffix(".tmp")
-            save_file(run_course(spec, film, paths, scheduler), staging)
+            save_file(run_course(spec, encode_film(model, spec), paths, scheduler), staging)
             staging.replace(trace.path)
         moved(done)
 
 
 @torch.no_grad()
-def run_course(spec: TraceSpec, film: LatentSet, paths: TwoPaths, scheduler: Any) -> dict[str, Tensor]:
+def encode_film(model: WanEncoders, spec: TraceSpec) -> Film:
+    """The film of a spec as the engine conditions on it; its own latents only where its course begins with them."""
+    clip = make_clip(spec.seed, spec.frames, spec.height, spec.width)
+    condition = stages.encode_condition(model, clip.first_frame, spec.frames)[0]
+    padded = stages.encode_text(model, "" if spec.bare else clip.caption)[0]
+    words = int(padded.abs().sum(dim=1).nonzero().max()) + 1
+    given = Given(condition, padded[:words].clone(), stages.encode_image(model, clip.first_frame)[0])
+    if spec.kind != "noised":
+        return Film(given)
+    video = to_video(clip.frames)[None]
+    mean, inverse_std = stages.latent_statistics(model.vae, video)
+    return Film(given, ((encode(model.vae, video) - mean) * inverse_std)[0].float())
+
+
+@torch.no_grad()
+def run_course(spec: TraceSpec, film: Film, paths: TwoPaths, scheduler: Any) -> dict[str, Tensor]:
     """A course as it is kept.
 
     Args:
-        film: the one film of the spec's seed, encoded.
+        film: of the spec's seed.
         scheduler: a fresh one, set to the spec's steps, on the CPU.
 
     Returns:
-        noisy, prediction and target, float16 [steps - 1, 16, T, H, W]; timesteps, float32 [steps - 1]; given, text and
-        image, of which `Trace.given` makes what the shot is made from.
+        noisy, prediction and target, float16 [steps - 1, 16, T, H, W]; timesteps, float32 [steps - 1]; condition, text
+        and image, of which `Trace.given` makes what the shot is made from.
     """
-    text, count = (film.empty_text, film.empty_count) if spec.bare else (film.text[0], film.counts[0])
-    kept = {"given": film.given[0].clone(), "text": text[: int(count)].float().clone(), "image": film.image[0].float()}
-    given = Given(_with_mask(kept["given"].float()), kept["text"], kept["image"])
-    clean = film.clean[0].float()
-    noisy = noise = starting_noise(spec.seed, tuple(clean.shape), clean.device)
+    # The teacher sees what the student will: what float16 has left.
+    condition = film.given.condition.half()
+    given = replace(film.given, condition=condition.float())
+    noisy = noise = starting_noise(spec.seed, (16, *condition.shape[1:]), condition.device)
     prediction: Tensor | None = None
     rows = []
     for step, timestep in enumerate(scheduler.timesteps):
         level = float(timestep)
         sigma = level / 1000.0
-        if spec.kind == "noised":
-            noisy = (1.0 - sigma) * clean + sigma * noise
+        if film.clean is not None:
+            noisy = (1.0 - sigma) * film.clean + sigma * noise
         target = paths.clean(noisy, level, given, spec.style).cpu()
         went = target
         if prediction is not None:
@@ -200,15 +220,13 @@ def run_course(spec: TraceSpec, film: LatentSet, paths: TwoPaths, scheduler: Any
             if spec.kind == "merged":
                 went = paths.clean(noisy, level, given, spec.style, prediction, spec.rung).cpu()
         prediction = went
-        if spec.kind != "noised" and step + 1 < len(scheduler.timesteps):
+        if film.clean is None and step + 1 < len(scheduler.timesteps):
             velocity = (noisy - went) / sigma
             noisy = scheduler.step(velocity[None], timestep, noisy[None], return_dict=False)[0][0]
-    tensors = {name: torch.stack([row[name] for row in rows]).half() for name in rows[0]}
-    return {**kept, **tensors, "timesteps": scheduler.timesteps[1:].float()}
-
-
-def _with_mask(given: Tensor) -> Tensor:
-    """The condition [20, T, H, W] of normalised latents of the first frame and grey [16, T, H, W]."""
-    mask = given.new_zeros(VAE_TEMPORAL_STRIDE, *given.shape[1:])
-    mask[:, 0] = 1.0
-    return torch.cat([mask, given])
+    return {
+        "condition": condition,
+        "text": given.text,
+        "image": given.image,
+        "timesteps": scheduler.timesteps[1:].float(),
+        **{name: torch.stack([row[name] for row in rows]).half() for name in rows[0]},
+    }

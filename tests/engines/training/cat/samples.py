@@ -12,32 +12,22 @@ from safetensors.torch import save_file
 
 from cinecat.engines.slots import Factors
 from cinecat.engines.training.cat.recipe import CatRecipe
-from cinecat.engines.training.cat.traces import Kind, Trace, TraceSpec, run_course
-from cinecat.engines.training.cat.two_paths import TwoPaths
-from cinecat.engines.training.latents import WORDS, LatentSet
+from cinecat.engines.training.cat.traces import Film, Kind, Trace, TraceSpec, run_course
+from cinecat.engines.training.cat.two_paths import Given, TwoPaths
 from tests.engines.samples import IMAGE, TEXT, small_transformer
 
 RECIPE = CatRecipe(rank=2, alpha=2.0, steps=4, accumulation=2, evaluate_every=2, learning_rate=1e-2, average=0.5)
 
 
-def film(seed: int = 0) -> LatentSet:
+def film(kind: Kind = "sampled", seed: int = 0) -> Film:
     """Three latent frames of 8x8: 48 patches."""
     draw = torch.Generator().manual_seed(seed)
 
     def drawn(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=draw)
 
-    text = torch.zeros(1, WORDS, TEXT)
-    text[0, :5] = drawn(5, TEXT)
-    return LatentSet(
-        clean=drawn(1, 16, 3, 8, 8).half(),
-        given=drawn(1, 16, 3, 8, 8).half(),
-        text=text,
-        counts=torch.tensor([5]),
-        image=drawn(1, 3, IMAGE).half(),
-        empty_text=torch.ones(WORDS, TEXT),
-        empty_count=torch.tensor(1),
-    )
+    given = Given(drawn(20, 3, 8, 8), drawn(5, TEXT), drawn(3, IMAGE))
+    return Film(given, drawn(16, 3, 8, 8) if kind == "noised" else None)
 
 
 def scheduler(steps: int) -> Any:
@@ -57,5 +47,5 @@ def two_paths(styles: Mapping[str, Factors] | None = None) -> tuple[TwoPaths, An
 
 def on_disk(folder: Path, paths: TwoPaths, one: TraceSpec) -> Trace:
     path = folder / f"{one.kind}-{one.seed}-{one.style}.safetensors"
-    save_file(run_course(one, film(one.seed), paths, scheduler(one.steps)), path)
+    save_file(run_course(one, film(one.kind, one.seed), paths, scheduler(one.steps)), path)
     return Trace(one, path)

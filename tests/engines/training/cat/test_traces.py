@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from cinecat.engines import stages
+from cinecat.engines.checkpoint import find_checkpoint
+from cinecat.engines.model import load_model
 from cinecat.engines.stages import starting_noise
 from cinecat.engines.training.cat.recipe import CatRecipe
-from cinecat.engines.training.cat.traces import draw_specs, trace_of
-from cinecat.engines.training.film import HELD_OUT
+from cinecat.engines.training.cat.traces import TraceSpec, draw_specs, encode_film, trace_of
+from cinecat.engines.training.film import HELD_OUT, make_clip
 from tests.engines.training.cat.samples import film, on_disk, scheduler, spec, two_paths
 
 NEAR = {"abs": 5e-3}  # courses are kept in float16
@@ -20,7 +24,7 @@ NEAR = {"abs": 5e-3}  # courses are kept in float16
 def test_a_noised_course_is_the_film_with_one_noise(tmp_path: Path) -> None:
     paths, _ = two_paths()
     trace = on_disk(tmp_path, paths, spec("noised"))
-    clean, noise = film().clean[0].float(), starting_noise(0, (16, 3, 8, 8), torch.device("cpu"))
+    clean, noise = film("noised").clean, starting_noise(0, (16, 3, 8, 8), torch.device("cpu"))
     state = trace.state(1)
     sigma = state.timestep / 1000
     assert state.timestep == float(scheduler(4).timesteps[2])
@@ -55,9 +59,21 @@ def test_a_merged_course_hands_on_what_merged_tokens_predict_and_keeps_what_all_
     assert state.target == pytest.approx(paths.clean(state.noisy, state.timestep, given), **NEAR)
 
 
-def test_a_bare_course_sees_the_empty_prompt(tmp_path: Path) -> None:
-    paths, _ = two_paths()
-    assert torch.equal(on_disk(tmp_path, paths, spec(bare=True)).given().text, film().empty_text[:1])
+@torch.no_grad()
+def test_films_are_encoded_as_the_engine_does(micro: Path) -> None:
+    model = load_model(find_checkpoint(str(micro)), "cpu", "float32")
+    clip = make_clip(7, 5, 32, 32)
+    one = TraceSpec(7, 32, 32, 5, 4, "noised", 1.0, "", bare=False)
+    encoded = encode_film(model, one)
+    text = stages.encode_text(model, clip.caption)[0]
+    assert encoded.clean is not None
+    assert encoded.clean.shape == (16, 2, 4, 4)
+    assert torch.equal(encoded.given.condition, stages.encode_condition(model, clip.first_frame, 5)[0])
+    assert torch.equal(encoded.given.text, text[: len(encoded.given.text)])
+    assert not text[len(encoded.given.text) :].any()
+    bare = encode_film(model, replace(one, kind="sampled", bare=True))
+    assert bare.clean is None
+    assert torch.equal(bare.given.text, stages.encode_text(model, "")[0, : len(bare.given.text)])
 
 
 def test_sizes_kinds_and_styles_take_turns() -> None:
