@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Annotated
@@ -144,6 +145,77 @@ def train_style(
         typer.echo(f"{folder} written; use it on a running server with:")
         typer.echo(f"  cinecat styles install {folder}")
         typer.echo(f"  cinecat generate IMAGE --prompt '...' --style {name} -o clip.mp4")
+
+
+def train_cat(
+    model: Annotated[str, typer.Option(help="wan-tiny, a folder in diffusers' layout, or a hub id.")] = "wan-tiny",
+    out: Annotated[Path, typer.Option(help="Folder for the adapter; it must not exist yet.")] = Path("out/train-cat"),
+    work: Annotated[
+        Path, typer.Option(help="Folder for the teacher's courses and checkpoints; a stopped run goes on from here.")
+    ] = Path("out/train-cat-work"),
+    rank: Annotated[int, typer.Option(min=1, max=1024, help="Rank of the LoRA.")] = 16,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 160,
+    max_seconds: Annotated[
+        float, typer.Option(min=0, help="Of all optimiser steps; the schedule then ends by time. 0 has no limit.")
+    ] = 0.0,
+    learning_rate: Annotated[float, typer.Option(min=1e-8, max=1.0, help="Its peak.")] = 2e-3,
+    accumulation: Annotated[int, typer.Option(min=1, help="Samples per optimiser step.")] = 8,
+    films: Annotated[int, typer.Option(min=1, help="To train on; the teacher denoises each once.")] = 96,
+    held_out: Annotated[int, typer.Option(min=1, help="Films to measure on.")] = 12,
+    evaluate_every: Annotated[int, typer.Option(min=1, help="Steps between two measurements and checkpoints.")] = 20,
+    sizes: Annotated[str, typer.Option(help="Of the films in pixels, in turn.")] = "128x128,256x256",
+    frames: Annotated[int, typer.Option(help="Of each film, 4k + 1.")] = 17,
+    styles: Annotated[
+        str | None, typer.Option(help="Names of styles to train with; all of the model's when left out, '' for none.")
+    ] = None,
+    styles_dir: Annotated[
+        list[Path] | None, typer.Option(help="Folder of further styles, beside the bundled ones; may be repeated.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Of every draw.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 leaves it to torch.")] = 0,
+) -> None:
+    """Distils an adapter for steps with merged tokens, so that they predict what all tokens would."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        import torch
+
+        from cinecat.engines.training.cat.recipe import CatRecipe, parse_sizes
+        from cinecat.engines.training.cat.session import CatTraining, run_training
+    except ModuleNotFoundError as error:
+        raise _missing("train-cat", error) from error
+    if threads:
+        torch.set_num_threads(threads)
+    try:
+        asked = CatTraining(
+            model=model,
+            out=out,
+            work=work,
+            recipe=CatRecipe(
+                rank=rank,
+                alpha=float(rank),
+                steps=steps,
+                accumulation=accumulation,
+                learning_rate=learning_rate,
+                sizes=parse_sizes(sizes),
+                frames=frames,
+                films=films,
+                held_out=held_out,
+                evaluate_every=evaluate_every,
+                seed=seed,
+            ),
+            styles_dirs=tuple(styles_dir or ()),
+            styles=None if styles is None else tuple(word.strip() for word in styles.split(",") if word.strip()),
+            device=device,
+            dtype=dtype,
+            max_seconds=max_seconds or math.inf,
+        )
+        folder = run_training(asked, lambda sentence: typer.echo(sentence, err=True))
+    except (EngineError, StyleError, OSError) as error:
+        typer.echo(f"train-cat: {error}", err=True)
+        raise typer.Exit(2) from error
+    typer.echo(f"{folder} written")
 
 
 def film_set(

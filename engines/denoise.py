@@ -58,11 +58,15 @@ class BlockStack(Protocol):
 
 
 class TorchBlocks:
-    """diffusers' own blocks, run eagerly."""
+    """diffusers' own blocks, run eagerly.
+
+    Args:
+        slots: what rows wear; None for blocks that have none, as in training, where all rows must wear nothing.
+    """
 
     name = "torch"
 
-    def __init__(self, transformer: Any, slots: StyleSlots) -> None:
+    def __init__(self, transformer: Any, slots: StyleSlots | None) -> None:
         self._blocks = transformer.blocks
         self._slots = slots
         self._self_attention = _BiasedAttention()
@@ -78,7 +82,8 @@ class TorchBlocks:
         rows: list[Worn],
         key_bias: Tensor | None,
     ) -> Tensor:
-        self._slots.dress(rows)
+        if self._slots is not None:
+            self._slots.dress(rows)
         self._self_attention.key_bias = key_bias
         for block in self._blocks:
             tokens = block(tokens, context, modulation, rope)

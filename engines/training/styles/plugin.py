@@ -16,7 +16,9 @@ import numpy as np
 import torch
 from diffusers import WanImageToVideoPipeline
 from numpy.typing import NDArray
+from peft import LoraConfig
 from PIL import Image
+from torch import Tensor
 
 from cinecat.engines.checkpoint import Checkpoint, read_json
 from cinecat.engines.training.curves import draw_curves
@@ -131,7 +133,7 @@ def write_plugin(
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         weights = staging / manifest.weights
-        save_lora(weights, style, record.recipe, layers)
+        save_lora(weights, style.factors, record.recipe.lora_config(layers))
         notes = [] if render is None else _add_preview(staging / PREVIEW_NAME, render, weights, record.shape.fps)
         shutil.copy(curve, staging / CURVE_NAME)
         picture = (staging / CURVE_NAME).with_suffix(".png")
@@ -149,13 +151,17 @@ def write_plugin(
     return notes
 
 
-def save_lora(path: Path, style: TrainedStyle, recipe: StyleRecipe, layers: int) -> None:
-    """Writes a LoRA in diffusers' layout, float32, with peft's configuration, which scales it, in the header."""
+def save_lora(path: Path, factors: Mapping[str, Tensor], config: LoraConfig) -> None:
+    """Writes a LoRA in diffusers' layout, with peft's configuration, which scales it, in the header.
+
+    Args:
+        factors: peft's tensors by key, as `TrainedStyle` has them.
+    """
     WanImageToVideoPipeline.save_lora_weights(
         path.parent,
-        transformer_lora_layers=style.factors,
+        transformer_lora_layers=dict(factors),
         weight_name=path.name,
-        transformer_lora_adapter_metadata=recipe.lora_config(layers).to_dict(),
+        transformer_lora_adapter_metadata=config.to_dict(),
     )
 
 

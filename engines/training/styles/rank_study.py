@@ -142,7 +142,7 @@ def study_ranks(checkpoint: Checkpoint, work: RankWork, folder: Path) -> list[Ra
         )
         plain_loss = style.first_loss
         path = folder / f"rank-{rank}.safetensors"
-        save_lora(path, style, recipe, layers)
+        save_lora(path, style.factors, recipe.lora_config(layers))
         worn = StyleUse(str(path), fingerprint(path), 1.0)
         in_domain, cross_domain = stage.play((worn,), f"rank {rank}")
         results.append(

@@ -14,6 +14,7 @@ _SUMMARIES = {
     "serve": "Serve a model over gRPC.",
     "train-tiny": "Train the bundled model on the procedural film set.",
     "train-style": "Train a style on a few captioned clips.",
+    "train-cat": "Distil an adapter for steps with merged tokens.",
     "film-set": "Write captioned clips of the procedural film set, in a look of choice.",
     "evaluate": "Measure clips beside others of the same names, or let people choose blind.",
     "bench": "Measure Cinecat against its rivals, side by side in one run.",

@@ -1,0 +1,99 @@
+"""Courses of the uniform model: where they lead, what is kept of them, and how they are drawn."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from cinecat.engines import stages
+from cinecat.engines.checkpoint import find_checkpoint
+from cinecat.engines.model import load_model
+from cinecat.engines.stages import starting_noise
+from cinecat.engines.training.cat.recipe import CatRecipe
+from cinecat.engines.training.cat.traces import TraceSpec, draw_specs, encode_film, trace_of
+from cinecat.engines.training.film import HELD_OUT, make_clip
+from tests.engines.training.cat.samples import film, on_disk, scheduler, spec, two_paths
+
+NEAR = {"abs": 5e-3}  # courses are kept in float16
+
+
+def test_a_noised_course_is_the_film_with_one_noise(tmp_path: Path) -> None:
+    paths, _ = two_paths()
+    trace = on_disk(tmp_path, paths, spec("noised"))
+    clean, noise = film("noised").clean, starting_noise(0, (16, 3, 8, 8), torch.device("cpu"))
+    state = trace.state(1)
+    sigma = state.timestep / 1000
+    assert state.timestep == float(scheduler(4).timesteps[2])
+    assert state.noisy == pytest.approx((1 - sigma) * clean + sigma * noise, **NEAR)
+
+
+@torch.no_grad()
+def test_a_sampled_course_is_what_the_solver_makes_of_the_model(tmp_path: Path) -> None:
+    paths, _ = two_paths()
+    trace = on_disk(tmp_path, paths, spec("sampled"))
+    solver, given = scheduler(4), trace.given()
+    first = starting_noise(0, (16, 3, 8, 8), torch.device("cpu"))
+    level = solver.timesteps[0]
+    prediction = paths.clean(first, float(level), given)
+    velocity = (first - prediction) / (float(level) / 1000)
+    second = solver.step(velocity, level, first, return_dict=False)[0]
+    state = trace.state(0)
+    assert len(trace) == 3
+    assert state.noisy == pytest.approx(second, **NEAR)
+    assert state.prediction == pytest.approx(prediction, **NEAR)
+    assert state.target == pytest.approx(paths.clean(second, state.timestep, given), **NEAR)
+
+
+@torch.no_grad()
+def test_a_merged_course_hands_on_what_merged_tokens_predict_and_keeps_what_all_would(tmp_path: Path) -> None:
+    paths, _ = two_paths()
+    trace = on_disk(tmp_path, paths, spec("merged", rung=0.5))
+    given, state, following = trace.given(), trace.state(0), trace.state(1)
+    merged = paths.clean(state.noisy, state.timestep, given, "", state.prediction, 0.5)
+    assert not torch.allclose(merged, state.target, atol=0.05)
+    assert following.prediction == pytest.approx(merged, abs=0.02)
+    assert state.target == pytest.approx(paths.clean(state.noisy, state.timestep, given), **NEAR)
+
+
+@torch.no_grad()
+def test_films_are_encoded_as_the_engine_does(micro: Path) -> None:
+    model = load_model(find_checkpoint(str(micro)), "cpu", "float32")
+    clip = make_clip(7, 5, 32, 32)
+    one = TraceSpec(7, 32, 32, 5, 4, "noised", 1.0, "", bare=False)
+    encoded = encode_film(model, one)
+    text = stages.encode_text(model, clip.caption)[0]
+    assert encoded.clean is not None
+    assert encoded.clean.shape == (16, 2, 4, 4)
+    assert torch.equal(encoded.given.condition, stages.encode_condition(model, clip.first_frame, 5)[0])
+    assert torch.equal(encoded.given.text, text[: len(encoded.given.text)])
+    assert not text[len(encoded.given.text) :].any()
+    bare = encode_film(model, replace(one, kind="sampled", bare=True))
+    assert bare.clean is None
+    assert torch.equal(bare.given.text, stages.encode_text(model, "")[0, : len(bare.given.text)])
+
+
+def test_sizes_kinds_and_styles_take_turns() -> None:
+    train, held_out = draw_specs(CatRecipe(films=24, held_out=12), ("a", "b"))
+    assert Counter(each.width for each in train) == {128: 12, 256: 12}
+    assert Counter((each.width, each.kind, bool(each.style)) for each in held_out) == Counter(
+        (width, kind, styled)
+        for width in (128, 256)
+        for kind in ("noised", "sampled", "merged")
+        for styled in (False, True)
+    )
+    assert Counter(each.style for each in train) == {"": 12, "a": 6, "b": 6}
+    assert all(8 <= each.steps <= 30 for each in train)
+    assert all((each.rung < 1.0) == (each.kind == "merged") for each in train)
+    assert all(each.seed < HELD_OUT for each in train)
+    assert all(each.seed >= HELD_OUT for each in held_out)
+
+
+def test_a_course_is_kept_under_its_model_and_all_of_its_settings(tmp_path: Path) -> None:
+    paths = {
+        trace_of(one, model, tmp_path).path for one in (spec(), spec(seed=1), spec(style="a")) for model in ("m", "n")
+    }
+    assert len(paths) == 6
