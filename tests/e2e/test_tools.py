@@ -93,11 +93,11 @@ def test_a_style_put_into_the_folder_is_found_and_one_taken_away_is_gone(fresh: 
         shutil.copytree(bundled, mine)
         manifest = mine / "style.toml"
         manifest.write_text(manifest.read_text().replace('name = "noir"', 'name = "mine"'))
-        assert [style.name for style in client.styles()] == ["amber", "mine", "noir"]
+        assert [style.name for style in client.styles()] == ["amber", "blueprint", "mine", "noir"]
         clip = client.generate(image=photograph, prompt="a cat", style="mine", size="32x32", frames=1, steps=1).result()
         assert clip.styles[0].name == "mine"
         shutil.rmtree(mine)
-        assert [style.name for style in client.styles()] == ["amber", "noir"]
+        assert [style.name for style in client.styles()] == ["amber", "blueprint", "noir"]
 
 
 def test_the_example_in_the_readme_runs(server: LocalServer, photograph: Path, tmp_path: Path) -> None:
