@@ -158,7 +158,7 @@ class EngineCore:
             lambda: [
                 self._cache.get(
                     ("condition", image_key, shot.frames),
-                    lambda: stages.encode_condition(model, shot.image, shot.frames),
+                    lambda: stages.encode_condition(model.vae, shot.image, shot.frames),
                 )
             ],
         )[0]
