@@ -77,6 +77,20 @@ def test_steps_spend_what_the_schedule_says(core: EngineCore, style: StyleUse) -
     assert not torch.equal(render(core, replace(shot, cat=None))[0], latents)
 
 
+@torch.inference_mode()
+def test_plans_follow_the_clean_prediction_after_guidance(core: EngineCore) -> None:
+    core.condition(replace(SHOT, cat=Cat(keep_ratio=0.5)))
+    request = core._requests["a"]
+    before, timestep = request.latents.clone(), request.scheduler.timesteps[0]
+    wanted, unwanted = core._denoiser.velocities(before, request.condition, timestep, request.branches, request.worn)
+    core.step("a")
+    assert request.tokens is not None
+    assert request.tokens.prediction is not None
+    expected = before - timestep / 1000 * (unwanted + 4.0 * (wanted - unwanted))
+    torch.testing.assert_close(request.tokens.prediction, expected)
+    core.release("a")
+
+
 def test_a_clip_of_few_tokens_leaves_others_as_they_are(core: EngineCore) -> None:
     alone, _ = render(core, SHOT)
     core.condition(SHOT)
