@@ -16,9 +16,9 @@ from torch import Tensor
 from cinecat.engines import stages
 from cinecat.engines.cache import ContentCache
 from cinecat.engines.checkpoint import Checkpoint
-from cinecat.engines.denoise import Branch, Denoiser, TorchBlocks
+from cinecat.engines.denoise import Branch, Denoiser, Merged, TorchBlocks
 from cinecat.engines.errors import EngineError
-from cinecat.engines.memory import available_bytes, check_slots_fit
+from cinecat.engines.memory import check_slots_fit, slot_memory
 from cinecat.engines.messages import (
     VAE_TEMPORAL_STRIDE,
     Conditioned,
@@ -28,13 +28,14 @@ from cinecat.engines.messages import (
     Notice,
     ResidentStyle,
     Shot,
-    SlotMemory,
     StageTime,
     Stepped,
     StyleUse,
 )
 from cinecat.engines.model import WanModel, load_model, synchronize
-from cinecat.engines.slots import Factors, StyleSlots, Worn, bank_bytes, other_targets
+from cinecat.engines.slots import Factors, StyleSlots, Worn, other_targets
+from cinecat.engines.tokens.adaptive import AdaptiveTokens
+from cinecat.engines.tokens.grid import Grid
 from cinecat.engines.variants import Variant, fuse_variant
 from cinecat.plugins.errors import LoraError
 from cinecat.plugins.lora import load_lora
@@ -50,6 +51,8 @@ class _Request:
     guidance_scale: float
     scheduler: Any
     worn: Worn
+    grid: Grid
+    tokens: AdaptiveTokens | None  # None on the uniform path
     step: int = 0
     decoder: stages.ClipDecoder | None = field(default=None)
 
@@ -80,7 +83,7 @@ class EngineCore:
         transformer = self._model.transformer
         if variant is not None:
             announce(fuse_variant(transformer, variant))
-        memory = _slot_memory(self._model, config)
+        memory = slot_memory(self._model, config)
         announce(memory)
         check_slots_fit(memory)
         others = other_targets(transformer)
@@ -155,12 +158,13 @@ class EngineCore:
             lambda: [
                 self._cache.get(
                     ("condition", image_key, shot.frames),
-                    lambda: stages.encode_condition(model, shot.image, shot.frames),
+                    lambda: stages.encode_condition(model.vae, shot.image, shot.frames),
                 )
             ],
         )[0]
         latent_shape = (1, model.vae.config.z_dim, *condition.shape[2:])
-        tokens = self._denoiser.token_count(*latent_shape[2:])
+        grid = self._denoiser.grid(*latent_shape[2:])
+        scheduler = model.new_scheduler(shot.steps, shot.shift)
         notes: tuple[str, ...] = ()
         if stages.prompt_is_truncated(model, shot.prompt):
             notes = (f"prompt: cut after {stages.TEXT_TOKENS} tokens, which is all that the text encoder reads",)
@@ -169,10 +173,12 @@ class EngineCore:
             condition=condition,
             branches=tuple(self._denoiser.project_context(text, image) for text in texts),
             guidance_scale=shot.guidance_scale,
-            scheduler=model.new_scheduler(shot.steps, shot.shift),
+            scheduler=scheduler,
             worn=worn,
+            grid=grid,
+            tokens=AdaptiveTokens.of(shot.cat, grid, len(scheduler.timesteps)) if shot.cat else None,
         )
-        return Conditioned(tuple(clock.timings), tokens, tokens, notes, self.residency())
+        return Conditioned(tuple(clock.timings), grid.count, notes, self.residency())
 
     @torch.inference_mode()
     def step(self, job_id: str) -> Stepped:
@@ -185,14 +191,12 @@ class EngineCore:
         timesteps = request.scheduler.timesteps
         if request.step >= len(timesteps):
             raise EngineError(f"job {job_id} has done all its {len(timesteps)} steps")
-        started = time.perf_counter()
+        started, tokens = time.perf_counter(), request.tokens
+        planned = tokens.seconds if tokens else 0.0
         timestep = timesteps[request.step]
-        velocities = self._denoiser.velocities(
-            request.latents, request.condition, timestep, request.branches, request.worn
-        )
-        velocity = velocities[0]
-        if len(velocities) == 2:
-            velocity = velocities[1] + request.guidance_scale * (velocities[0] - velocities[1])
+        velocity, spent = self._velocity(request, timestep)
+        if tokens is not None:
+            tokens.observe(request.latents, velocity, float(timestep) / 1000.0, spent)
         request.latents = request.scheduler.step(velocity, timestep, request.latents, return_dict=False)[0]
         if not torch.isfinite(request.latents).all():
             raise EngineError(
@@ -200,7 +204,22 @@ class EngineCore:
             )
         request.step += 1
         synchronize(self._model.device)
-        return Stepped(request.step, len(timesteps), time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        if tokens is None:
+            return Stepped(request.step, len(timesteps), seconds, spent)
+        return Stepped(request.step, len(timesteps), seconds, spent, tokens.seconds - planned, tokens.keep_ratio)
+
+    def _velocity(self, request: _Request, timestep: Tensor) -> tuple[Tensor, int]:
+        """The guided velocity of the coming step, and the tokens of each forward."""
+        tokens, merged = request.tokens, None
+        if tokens is not None and (plan := tokens.plan()) is not None and tokens.prediction is not None:
+            merged = Merged(plan, tokens.prediction)
+        velocity, *unguided = self._denoiser.velocities(
+            request.latents, request.condition, timestep, request.branches, request.worn, merged
+        )
+        for other in unguided:
+            velocity = other + request.guidance_scale * (velocity - other)
+        return velocity, request.grid.count if merged is None else merged.plan.tokens
 
     @torch.inference_mode()
     def decode(self, job_id: str, write: Callable[[Tensor], None]) -> Decoded:
@@ -276,17 +295,6 @@ class _Clock:
 
 def _factors_bytes(factors: Factors) -> int:
     return sum(a.nbytes + b.nbytes for a, b in factors.values())
-
-
-def _slot_memory(model: WanModel, config: CoreConfig) -> SlotMemory:
-    blocks = model.transformer.blocks
-    return SlotMemory(
-        device=str(model.device),
-        style_slots=config.style_slots,
-        max_rank=config.max_rank,
-        size_bytes=bank_bytes(blocks, config.style_slots, config.max_rank, model.dtype),
-        available_bytes=available_bytes(model.device),
-    )
 
 
 def _size(model: WanModel) -> tuple[int, int]:

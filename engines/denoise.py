@@ -17,6 +17,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from cinecat.engines.slots import StyleSlots, Worn
 from cinecat.engines.tokens import path
+from cinecat.engines.tokens.grid import Grid
 from cinecat.engines.tokens.plan import TokenPlan
 
 _THETA = 10000.0
@@ -132,10 +133,10 @@ class Denoiser:
         embedder = self._transformer.condition_embedder
         return Branch(torch.cat([embedder.image_embedder(image), embedder.text_embedder(text)], dim=1))
 
-    def token_count(self, latent_frames: int, latent_height: int, latent_width: int) -> int:
-        """Tokens of the uniform path: one for each (1, 2, 2) patch of the latents."""
+    def grid(self, latent_frames: int, latent_height: int, latent_width: int) -> Grid:
+        """The patches of latents of a size; the uniform path has a token for each."""
         patch_t, patch_h, patch_w = self._transformer.config.patch_size
-        return int((latent_frames // patch_t) * (latent_height // patch_h) * (latent_width // patch_w))
+        return Grid(latent_frames // patch_t, latent_height // patch_h, latent_width // patch_w)
 
     def velocities(
         self,

@@ -1,4 +1,4 @@
-"""How much memory a device has left."""
+"""How much memory a device has left, and what the style slots take of it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from pathlib import Path
 import torch
 
 from cinecat.engines.errors import ModelError
-from cinecat.engines.messages import SlotMemory
+from cinecat.engines.messages import CoreConfig, SlotMemory
+from cinecat.engines.model import WanModel
+from cinecat.engines.slots import bank_bytes
 
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
@@ -23,6 +25,17 @@ def available_bytes(device: torch.device) -> int | None:
         return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     known = [size for size in (_host_bytes(), _container_bytes()) if size is not None]
     return min(known, default=None)
+
+
+def slot_memory(model: WanModel, config: CoreConfig) -> SlotMemory:
+    """What the slots that are set would take, and what there is."""
+    return SlotMemory(
+        device=str(model.device),
+        style_slots=config.style_slots,
+        max_rank=config.max_rank,
+        size_bytes=bank_bytes(model.transformer.blocks, config.style_slots, config.max_rank, model.dtype),
+        available_bytes=available_bytes(model.device),
+    )
 
 
 def check_slots_fit(memory: SlotMemory) -> None:

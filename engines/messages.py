@@ -89,6 +89,23 @@ class StyleUse:
 
 
 @dataclass(frozen=True)
+class Cat:
+    """Content-adaptive tokens, and what limits them: one of the two is set.
+
+    Attributes:
+        keep_ratio: tokens over those of the uniform path, mean over all steps, above 0, at most 1.
+        target_psnr_db: PSNR to the uniform result, in dB, from which the keep ratio follows.
+    """
+
+    keep_ratio: float | None = None
+    target_psnr_db: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.keep_ratio is None) == (self.target_psnr_db is None):
+            raise ValueError(f"{self}: takes a keep ratio or a target")
+
+
+@dataclass(frozen=True)
 class Shot:
     """A validated request.
 
@@ -97,6 +114,7 @@ class Shot:
         frames: 4k + 1.
         seed: 0 to 2^63 - 1.
         shift: of the noise schedule; None is the model's own.
+        cat: None is the uniform path.
     """
 
     job_id: str
@@ -109,6 +127,7 @@ class Shot:
     seed: int
     styles: tuple[StyleUse, ...]
     shift: float | None = None
+    cat: Cat | None = None
 
 
 @dataclass(frozen=True)
@@ -218,12 +237,11 @@ class Ready:
 
 @dataclass(frozen=True)
 class Conditioned:
-    """Answer to Condition. `tokens_used` and `tokens_uniform` are per forward and row; `resident` is what is in the
-    slots now.
+    """Answer to Condition. `tokens_uniform` is what the uniform path spends per forward and row; `resident` is what is
+    in the slots now.
     """
 
     timings: tuple[StageTime, ...]
-    tokens_used: int
     tokens_uniform: int
     notes: tuple[str, ...]
     resident: tuple[ResidentStyle, ...] = ()
@@ -231,11 +249,21 @@ class Conditioned:
 
 @dataclass(frozen=True)
 class Stepped:
-    """Answer to Step."""
+    """Answer to Step.
+
+    Attributes:
+        seconds: of the step, planning included.
+        tokens: that it spent, per forward and row.
+        plan_seconds: spent on planning.
+        keep_ratio: that the clip is held to; with a target, 1 until it is chosen after the first step.
+    """
 
     step: int
     total: int
     seconds: float
+    tokens: int
+    plan_seconds: float = 0.0
+    keep_ratio: float = 1.0
 
 
 @dataclass(frozen=True)

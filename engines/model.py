@@ -101,10 +101,16 @@ def load_transformer(checkpoint: Checkpoint, device: str, dtype: str) -> WanTran
     return _module(checkpoint, WanTransformer3DModel, "transformer", place, find_dtype(dtype, place))
 
 
+def load_vae(checkpoint: Checkpoint, device: str) -> AutoencoderKLWan:
+    """Loads the VAE alone, float32; arguments and errors as `load_model`."""
+    vae: AutoencoderKLWan = _module(checkpoint, AutoencoderKLWan, "vae", find_device(device), torch.float32)
+    return vae
+
+
 def load_vae_decoder(checkpoint: Checkpoint, device: str) -> AutoencoderKLWan:
     """Loads the VAE without its encoder, float32; arguments and errors as `load_model`."""
     place = find_device(device)
-    vae: AutoencoderKLWan = _module(checkpoint, AutoencoderKLWan, "vae", torch.device("cpu"), torch.float32)
+    vae = load_vae(checkpoint, "cpu")
     del vae.encoder, vae.quant_conv
     return vae.to(place)
 

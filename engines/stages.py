@@ -54,16 +54,15 @@ def encode_image(model: WanEncoders, image: NDArray[np.uint8]) -> Tensor:
     return states
 
 
-def encode_condition(model: WanEncoders, image: NDArray[np.uint8], frames: int) -> Tensor:
+def encode_condition(vae: AutoencoderKLWan, image: NDArray[np.uint8], frames: int) -> Tensor:
     """The 20 condition channels [1, 4 + 16, latent frames, height / 8, width / 8], float32.
 
     Four mask channels (1 where a frame is given), then the normalised latents of the image followed by grey frames.
     The encoder runs chunk by chunk with its own causal cache, so the grey video is never held whole. There is no
     shortcut for it: the encoder's reach in time is longer than a clip.
     """
-    vae = model.vae
     first = torch.from_numpy(image.astype(np.float32) / 255.0).permute(2, 0, 1)[None, :, None] * 2.0 - 1.0
-    first = first.to(model.device, vae.dtype)
+    first = first.to(vae.device, vae.dtype)
     height, width = image.shape[:2]
     grey = first.new_zeros((1, 3, VAE_TEMPORAL_STRIDE, height, width))
     cache: list[Tensor | str | None] = [None] * vae._cached_conv_counts["encoder"]

@@ -143,7 +143,7 @@ async def running(settings: Settings, hurry: asyncio.Event) -> AsyncIterator[Run
             await _set_health(health_servicer, alive)
             metrics.ready.set(alive)
 
-        renderer = Renderer(core, model.name, model.engine, jobs, catalogue, inputs, artifacts, metrics, costs)
+        renderer = Renderer(core, model, jobs, catalogue, inputs, artifacts, metrics, costs)
         scheduler = Scheduler(jobs, renderer, core, model, settings.max_queue, metrics, costs, on_core_state)
         for live in await jobs.restore():
             scheduler.enqueue(live)

@@ -97,3 +97,44 @@ def bench(
     print(json.dumps(report.as_json()) if as_json else as_text(report))
     if not all(check.met for check in report.checks.values()):
         raise typer.Exit(1)
+
+
+def plan(
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="PNG, JPEG, WebP or TIFF")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="the picture, e.g. plan.png")],
+    keep_ratio: Annotated[float, typer.Option(help="tokens over those of the uniform path, in one step")] = 0.5,
+    model: Annotated[str, typer.Option(help="wan-tiny, a folder in diffusers' layout, or a hub id")] = "wan-tiny",
+    size: Annotated[str, typer.Option(metavar="WxH", help="pixels of the clip, to which the image is cropped")] = "",
+    frames: Annotated[int | None, typer.Option(help="of the clip, 4k + 1 [17 for wan-tiny, else 81]")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")] = False,
+) -> None:
+    """Draw which patches of an image's clip share a token under CAT.
+
+    The plan is of the image alone and takes the clip to stand still, so all that can merge over time does. A real clip
+    is planned from its own prediction in every step, and what moves keeps more tokens. Left is the first latent frame,
+    right one from the middle; green tokens have 2 patches, yellow ones 4, red ones 8.
+    """
+    # transformers warns that there is no torchvision, which nothing here uses.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from cinecat.engines.errors import EngineError
+    from cinecat.server.still_plan import PlanError, plan_image
+
+    tiny = model == "wan-tiny"
+    width, _, height = (size or ("128x128" if tiny else "832x480")).lower().partition("x")
+    try:
+        if not (width.isdecimal() and height.isdecimal()):
+            raise PlanError(f"size: {size!r} is not WIDTHxHEIGHT, e.g. 832x480")
+        summary = plan_image(
+            image,
+            output,
+            model=model,
+            device=device,
+            size=(int(width), int(height)),
+            frames=frames if frames is not None else 17 if tiny else 81,
+            keep_ratio=keep_ratio,
+        )
+    except (PlanError, EngineError, OSError) as error:
+        print(f"cinecat plan: {error}", file=sys.stderr)
+        raise typer.Exit(2) from error
+    print(json.dumps(summary.as_json()) if as_json else summary.as_text())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from cinecat.v1 import clip_pb2
@@ -33,12 +34,16 @@ class Costs:
         rate = self._seconds_per_unit.get(work)
         return None if rate is None else rate * units
 
-    def remaining(self, job: pb.Job, tokens: int) -> float | None:
-        """Seconds of engine time until a job is done, by how far it is. None when there is nothing to judge by."""
+    def remaining(self, job: pb.Job, step_tokens: Sequence[int]) -> float | None:
+        """Seconds of engine time until a job is done, by how far it is. None when there is nothing to judge by.
+
+        Args:
+            step_tokens: of every step of the clip.
+        """
         clip, progress = job.clip, job.progress
         pixels = pixel_frames(clip)
         shares: list[tuple[Work, float]] = [
-            ("step", (clip.steps - progress.step) * token_rows(clip, tokens)),
+            ("step", token_rows(clip, sum(step_tokens[progress.step :]))),
             ("decode", pixels * (1 - progress.frames_decoded / clip.frames)),
         ]
         if job.state in (pb.JOB_STATE_QUEUED, pb.JOB_STATE_CONDITIONING):
@@ -57,5 +62,5 @@ def pixel_frames(clip: clip_pb2.ClipSpec) -> int:
 
 
 def token_rows(clip: clip_pb2.ClipSpec, tokens: int) -> int:
-    """Tokens that one step of a clip runs through the denoiser."""
+    """What a clip's forwards run through the denoiser when each has that many tokens: guidance takes two of them."""
     return tokens * (2 if clip.guidance_scale > 1.0 else 1)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from cinecat.engines.messages import VAE_TEMPORAL_STRIDE, ModelInfo
+from cinecat.engines.tokens.budget import step_tokens
+from cinecat.engines.tokens.grid import Grid
 from cinecat.server.settings import Settings
 from cinecat.v1 import clip_pb2, models_pb2
 
@@ -11,6 +13,8 @@ MAX_STYLES = 8
 MAX_GUIDANCE_SCALE = 30.0
 MAX_FPS = 240.0
 MIN_SHIFT, MAX_SHIFT = 0.01, 100.0
+MIN_PSNR_DB, MAX_PSNR_DB = 15.0, 60.0
+DEFAULT_KEEP_RATIO = 0.75
 
 _CPU_TOKENS = 20_480  # 512 x 512 x 77 frames: minutes per step on two cores
 _GPU_TOKENS = 680_400  # 3840 x 2160 x 81 frames
@@ -41,16 +45,24 @@ def describe_model(info: ModelInfo, settings: Settings) -> models_pb2.Model:
             max_image_pixels=settings.max_image_megapixels * 10**6,
         ),
         defaults=_defaults(info, settings, max_tokens),
-        tokenizations=[clip_pb2.Tokenization.UNIFORM],
+        tokenizations=[clip_pb2.Tokenization.UNIFORM, clip_pb2.Tokenization.CAT],
         variant=info.variant,
         fingerprint=info.fingerprint,
     )
 
 
-def token_count(model: models_pb2.Model, width: int, height: int, frames: int) -> int:
-    """Tokens of the uniform path for a clip of an allowed size and length."""
-    latent_frames = (frames - 1) // VAE_TEMPORAL_STRIDE + 1
-    return latent_frames * (width // model.limits.size_multiple) * (height // model.limits.size_multiple)
+def token_grid(model: models_pb2.Model, clip: clip_pb2.ClipSpec) -> Grid:
+    """The patches of a clip of an allowed size and length; the uniform path has a token for each."""
+    multiple = model.limits.size_multiple
+    return Grid((clip.frames - 1) // VAE_TEMPORAL_STRIDE + 1, clip.height // multiple, clip.width // multiple)
+
+
+def tokens_of_steps(grid: Grid, clip: clip_pb2.ClipSpec) -> tuple[int, ...]:
+    """Tokens per forward that each step of an accepted clip will spend. A clip with a quality to hold spends at most
+    these: its keep ratio is known when its first step is done.
+    """
+    budget = clip.tokenization.WhichOneof("budget")
+    return step_tokens(grid, clip.steps, clip.tokenization.keep_ratio if budget == "keep_ratio" else 1.0)
 
 
 def _frames_within(max_tokens: int) -> int:

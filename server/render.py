@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from cinecat.engines.errors import EngineError
 from cinecat.engines.messages import (
     VAE_TEMPORAL_STRIDE,
+    Cat,
     Condition,
     Conditioned,
     Decode,
@@ -26,15 +27,17 @@ from cinecat.engines.messages import (
     Step,
     Stepped,
 )
+from cinecat.engines.tokens.budget import step_tokens
 from cinecat.server.artifacts import ArtifactError, ArtifactFormat, ArtifactInfo, ArtifactStore
 from cinecat.server.core_process import CoreProcess, FrameBuffer
 from cinecat.server.costs import Costs, pixel_frames, token_rows
 from cinecat.server.inputs import JobInputs
 from cinecat.server.jobs import Jobs, LiveJob
 from cinecat.server.metrics import Metrics
+from cinecat.server.models import token_grid
 from cinecat.server.mux import ClipShape, ClipWriter, clip_metadata, exact_rate, open_writer
 from cinecat.server.styles import StyleCatalogue
-from cinecat.v1 import clip_pb2
+from cinecat.v1 import clip_pb2, models_pb2
 from cinecat.v1 import job_pb2 as pb
 
 _FORMATS = {
@@ -52,20 +55,20 @@ class _Tally:
     """What becomes of a rendering's measurements in the job's result."""
 
     timings: list[StageTime] = field(default_factory=list)
+    plan_seconds: float = 0.0
     denoise_seconds: float = 0.0
     decode_seconds: float = 0.0
     mux_seconds: float = 0.0
-    tokens_used: int = 0
+    step_tokens: list[int] = field(default_factory=list)
     tokens_uniform: int = 0
 
 
 @dataclass(frozen=True)
 class Renderer:
-    """What every rendering works with. `model` is the name that requests give, `engine` the denoiser's backend."""
+    """What every rendering works with."""
 
     core: CoreProcess
-    model: str
-    engine: str
+    model: models_pb2.Model
     jobs: Jobs
     catalogue: StyleCatalogue
     inputs: JobInputs
@@ -88,6 +91,7 @@ class Rendering:
         self.live = live
         self._renderer = renderer
         self._tally = _Tally()
+        self._keep_ratio = 1.0  # that the core holds the clip to
         self._writers: list[ClipWriter] = []
         self._buffer: FrameBuffer | None = None
         self._writing: asyncio.Task[None] | None = None
@@ -132,6 +136,8 @@ class Rendering:
         started = time.perf_counter()
         published = await asyncio.to_thread(self._publish)
         tally.mux_seconds += time.perf_counter() - started
+        if live.job.clip.tokenization.mode == clip_pb2.Tokenization.CAT:
+            tally.timings.append(StageTime("plan", tally.plan_seconds))
         tally.timings += [
             StageTime("denoise", tally.denoise_seconds),
             StageTime("vae_decode", tally.decode_seconds),
@@ -151,8 +157,8 @@ class Rendering:
 
     async def _condition(self) -> None:
         r, live, clip = self._renderer, self.live, self.live.job.clip
-        if clip.model != r.model:
-            raise EngineError(f"the job was accepted for the model {clip.model}, this server now has {r.model}")
+        if clip.model != r.model.name:
+            raise EngineError(f"the job was accepted for the model {clip.model}, this server now has {r.model.name}")
         waited = time.time() - live.job.create_time.ToMicroseconds() / 1e6 if live.attempts == 0 else 0.0
         self._tally.timings.append(StageTime("queue", max(0.0, waited)))
         await r.jobs.transition(live, pb.JOB_STATE_CONDITIONING)
@@ -167,6 +173,7 @@ class Rendering:
             seed=clip.seed,
             styles=await asyncio.to_thread(r.catalogue.uses, clip.styles, r.inputs.weights),
             shift=clip.shift if clip.HasField("shift") else None,
+            cat=_cat(clip.tokenization),
         )
         self._stop_if_asked()
         conditioned = await r.core.call(Condition(shot), Conditioned)
@@ -175,7 +182,7 @@ class Rendering:
             for style in shot.styles:
                 r.catalogue.activity.used(style.fingerprint)
         self._tally.timings += conditioned.timings
-        self._tally.tokens_used, self._tally.tokens_uniform = conditioned.tokens_used, conditioned.tokens_uniform
+        self._tally.tokens_uniform = conditioned.tokens_uniform
         live.job.notes.extend(note for note in conditioned.notes if note not in live.job.notes)
         if not any(timing.cached for timing in conditioned.timings):
             r.costs.observe("condition", pixel_frames(clip), sum(timing.seconds for timing in conditioned.timings))
@@ -185,11 +192,14 @@ class Rendering:
         if live.job.state == pb.JOB_STATE_CONDITIONING:
             await r.jobs.transition(live, pb.JOB_STATE_DENOISING)
         stepped = await r.core.call(Step(live.job_id), Stepped)
-        self._tally.denoise_seconds += stepped.seconds
+        self._tally.step_tokens.append(stepped.tokens)
+        self._tally.plan_seconds += stepped.plan_seconds
+        self._tally.denoise_seconds += stepped.seconds - stepped.plan_seconds
         tokenization = clip_pb2.Tokenization.Mode.Name(live.job.clip.tokenization.mode).lower()
         r.metrics.step_seconds.labels(tokenization).observe(stepped.seconds)
-        r.costs.observe("step", token_rows(live.job.clip, self._tally.tokens_used), stepped.seconds)
+        r.costs.observe("step", token_rows(live.job.clip, stepped.tokens), stepped.seconds)
         live.job.progress.step = stepped.step
+        self._keep_ratio = stepped.keep_ratio
         self._report()
 
     async def _decode(self) -> None:
@@ -215,7 +225,9 @@ class Rendering:
             raise Stopped
 
     def _report(self) -> None:
-        remaining = self._renderer.costs.remaining(self.live.job, self._tally.tokens_used)
+        clip = self.live.job.clip
+        expected = step_tokens(token_grid(self._renderer.model, clip), clip.steps, self._keep_ratio)
+        remaining = self._renderer.costs.remaining(self.live.job, expected)
         if remaining is not None:
             self.live.job.progress.eta.FromNanoseconds(int(remaining * 1e9))
         self._renderer.jobs.progress(self.live)
@@ -223,7 +235,7 @@ class Rendering:
     def _open_files(self) -> None:
         clip, job_id, artifacts = self.live.job.clip, self.live.job_id, self._renderer.artifacts
         shape = ClipShape(clip.width, clip.height, clip.frames, exact_rate(clip.fps))
-        settings = {"job_id": job_id, "engine": self._renderer.engine, **as_dict(clip)}
+        settings = {"job_id": job_id, "engine": self._renderer.model.engine, **as_dict(clip)}
         for value in clip.artifact_formats:
             path = artifacts.scratch_path(job_id, _FORMATS[value])
             self._writers.append(open_writer(_FORMATS[value], path, shape, clip_metadata(clip.prompt, settings)))
@@ -248,12 +260,16 @@ class Rendering:
             self._renderer.artifacts.delete_job(self.live.job_id)
 
     def _result(self, published: list[ArtifactInfo]) -> pb.ClipResult:
+        tally = self._tally
+        mean = sum(tally.step_tokens) / len(tally.step_tokens)
         result = pb.ClipResult(
-            tokens_used=self._tally.tokens_used,
-            tokens_uniform=self._tally.tokens_uniform,
-            engine=self._renderer.engine,
+            tokens_used=round(mean),
+            tokens_uniform=tally.tokens_uniform,
+            engine=self._renderer.model.engine,
+            step_tokens=tally.step_tokens,
+            keep_ratio=mean / tally.tokens_uniform,
         )
-        for timing in self._tally.timings:
+        for timing in tally.timings:
             entry = result.timings.add(stage=pb.Stage.Value(f"STAGE_{timing.stage.upper()}"), cached=timing.cached)
             entry.duration.FromNanoseconds(int(timing.seconds * 1e9))
         for value, info in zip(self.live.job.clip.artifact_formats, published, strict=True):
@@ -261,6 +277,14 @@ class Rendering:
                 name=info.name, format=value, mime_type=info.mime_type, size_bytes=info.size_bytes, sha256=info.sha256
             )
         return result
+
+
+def _cat(tokenization: clip_pb2.Tokenization) -> Cat | None:
+    if tokenization.mode != clip_pb2.Tokenization.CAT:
+        return None
+    if tokenization.WhichOneof("budget") == "keep_ratio":
+        return Cat(keep_ratio=tokenization.keep_ratio)
+    return Cat(target_psnr_db=tokenization.target_psnr_db)
 
 
 def as_dict(message: Message) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from cinecat.server.costs import Costs
 from cinecat.server.errors import RequestError, ShuttingDown, explain, status_of
 from cinecat.server.jobs import Jobs, LiveJob
 from cinecat.server.metrics import Metrics
-from cinecat.server.models import token_count
+from cinecat.server.models import token_grid, tokens_of_steps
 from cinecat.server.render import Renderer, Rendering, Stopped
 from cinecat.v1 import job_pb2 as pb
 from cinecat.v1 import models_pb2
@@ -237,7 +237,8 @@ class Scheduler:
         ahead = 0.0
         for position, live in enumerate([running, *waiting] if running is not None else waiting):
             clip = live.job.clip
-            seconds = self._costs.remaining(live.job, token_count(self._model, clip.width, clip.height, clip.frames))
+            step_tokens = tokens_of_steps(token_grid(self._model, clip), clip)
+            seconds = self._costs.remaining(live.job, step_tokens)
             ahead = float("nan") if seconds is None else ahead + seconds
             if live is running:
                 continue

@@ -13,10 +13,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cinecat.engines.tokens.budget import least_keep_ratio
+from cinecat.engines.tokens.grid import Grid
 from cinecat.plugins.registry import Style, UnknownStyle
 from cinecat.server.errors import Violation, invalid
 from cinecat.server.images import Fit, ImageError, decode_image, fit_image
-from cinecat.server.models import MAX_FPS, MAX_SHIFT, MIN_SHIFT, token_count
+from cinecat.server.models import (
+    DEFAULT_KEEP_RATIO,
+    MAX_FPS,
+    MAX_PSNR_DB,
+    MAX_SHIFT,
+    MIN_PSNR_DB,
+    MIN_SHIFT,
+    token_grid,
+    tokens_of_steps,
+)
 from cinecat.server.style_defaults import apply_style_defaults
 from cinecat.server.styles import StyleCatalogue
 from cinecat.v1 import clip_pb2, models_pb2
@@ -26,6 +37,8 @@ MAX_ARTIFACTS = 8
 MAX_SEED = 2**63 - 1
 
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
+# How far rounding to whole multiples of tokens may take a keep ratio without a note.
+_NEAR = 0.02
 _FITS = {clip_pb2.FIT_CROP: Fit.CROP, clip_pb2.FIT_PAD: Fit.PAD, clip_pb2.FIT_STRETCH: Fit.STRETCH}
 
 
@@ -56,12 +69,14 @@ def check_clip(clip: clip_pb2.ClipSpec, model: models_pb2.Model, catalogue: Styl
     resolved.CopyFrom(model.defaults)
     resolved.MergeFrom(clip_pb2.ClipSpec(prompt=clip.prompt, negative_prompt=clip.negative_prompt))
     worn: list[Style] = []
+    size = _size(clip, resolved, model)
     violations = [
         *_model(clip, model),
         *_prompts(clip, model.limits),
-        *_size(clip, resolved, model),
+        *size,
         *_numbers(clip, resolved, model.limits),
-        *_choices(clip, resolved, model),
+        *_choices(clip, resolved),
+        *_tokenization(clip.tokenization, resolved, model, None if size else token_grid(model, resolved)),
         *_styles(clip, resolved, model, catalogue, worn),
         *_image_bytes(clip, model.limits),
     ]
@@ -79,7 +94,8 @@ def check_clip(clip: clip_pb2.ClipSpec, model: models_pb2.Model, catalogue: Styl
         raise invalid([Violation("clip.image", f"{error}")]) from error
     fitted = fit_image(image, resolved.width, resolved.height, _FITS[resolved.fit])
     weights = {style.fingerprint: style.weights_path for style in worn}
-    return AcceptableClip(resolved, fitted.pixels, (*fitted.notes, *style_notes), weights)
+    notes = (*fitted.notes, *style_notes, *_lossy(resolved, model))
+    return AcceptableClip(resolved, fitted.pixels, notes, weights)
 
 
 def _model(clip: clip_pb2.ClipSpec, model: models_pb2.Model) -> list[Violation]:
@@ -127,7 +143,7 @@ def _size(clip: clip_pb2.ClipSpec, resolved: clip_pb2.ClipSpec, model: models_pb
                 )
             )
     if not violations:
-        tokens = token_count(model, resolved.width, resolved.height, resolved.frames)
+        tokens = token_grid(model, resolved).count
         if tokens > limits.max_tokens:
             violations.append(
                 Violation(
@@ -178,21 +194,64 @@ def _numbers(clip: clip_pb2.ClipSpec, resolved: clip_pb2.ClipSpec, limits: model
     return violations
 
 
-def _choices(clip: clip_pb2.ClipSpec, resolved: clip_pb2.ClipSpec, model: models_pb2.Model) -> list[Violation]:
+def _tokenization(
+    asked: clip_pb2.Tokenization, resolved: clip_pb2.ClipSpec, model: models_pb2.Model, grid: Grid | None
+) -> list[Violation]:
+    """`grid` is of the clip's patches; None where its size is wrong."""
+    cat, budget = asked.mode == clip_pb2.Tokenization.CAT, asked.WhichOneof("budget")
+    violations = []
+    if asked.mode:
+        resolved.tokenization.CopyFrom(asked)
+        if asked.mode not in model.tokenizations:
+            offered = ", ".join(clip_pb2.Tokenization.Mode.Name(mode) for mode in model.tokenizations)
+            violations.append(Violation("clip.tokenization.mode", f"{asked.mode} is not one of {offered}"))
+    if budget and not cat:
+        violations.append(Violation(f"clip.tokenization.{budget}", "must be unset unless mode is CAT"))
+    elif budget == "target_psnr_db" and not MIN_PSNR_DB <= asked.target_psnr_db <= MAX_PSNR_DB:  # true for NaN too
+        between = f"{asked.target_psnr_db} is not between {MIN_PSNR_DB:g} and {MAX_PSNR_DB:g}"
+        violations.append(Violation("clip.tokenization.target_psnr_db", between))
+    elif cat and grid is not None and budget != "target_psnr_db":
+        least = least_keep_ratio(grid)
+        if not budget:
+            resolved.tokenization.keep_ratio = max(DEFAULT_KEEP_RATIO, least)
+        elif not least <= asked.keep_ratio <= 1.0:  # true for NaN too
+            violations.append(
+                Violation(
+                    "clip.tokenization.keep_ratio",
+                    f"{asked.keep_ratio} is not between {math.ceil(least * 1000) / 1000:g} and 1, which is what "
+                    f"{resolved.width}x{resolved.height} with {resolved.frames} frames allows",
+                )
+            )
+    return violations
+
+
+def _lossy(resolved: clip_pb2.ClipSpec, model: models_pb2.Model) -> list[str]:
+    """Notes for a clip whose result is not what the uniform path would give."""
+    tokenization = resolved.tokenization
+    if tokenization.mode != clip_pb2.Tokenization.CAT:
+        return []
+    if tokenization.WhichOneof("budget") == "target_psnr_db":
+        return [
+            f"tokenization: cat is lossy; the keep ratio follows from {tokenization.target_psnr_db:g} dB, an estimate"
+        ]
+    asked, grid = tokenization.keep_ratio, token_grid(model, resolved)
+    notes = [f"tokenization: cat is lossy; keep ratio {asked:g}"] if asked < 1.0 else []
+    spent = tokens_of_steps(grid, resolved)
+    held = sum(spent) / len(spent) / grid.count
+    if held > asked + _NEAR:
+        notes.append(
+            f"tokenization: {asked:g} cannot be held by a clip of this size in {resolved.steps} steps, the first of "
+            f"which has all tokens; the keep ratio will be {held:.2f}"
+        )
+    return notes
+
+
+def _choices(clip: clip_pb2.ClipSpec, resolved: clip_pb2.ClipSpec) -> list[Violation]:
     violations = []
     if clip.fit:
         resolved.fit = clip.fit
         if clip.fit not in _FITS:
             violations.append(_unknown_enum("clip.fit", clip.fit, clip_pb2.Fit))
-    tokenization = clip.tokenization
-    if tokenization.mode:
-        resolved.tokenization.CopyFrom(tokenization)
-        if tokenization.mode not in model.tokenizations:
-            offered = ", ".join(clip_pb2.Tokenization.Mode.Name(mode) for mode in model.tokenizations)
-            violations.append(Violation("clip.tokenization.mode", f"this server offers {offered}"))
-    budget = tokenization.WhichOneof("budget")
-    if budget and tokenization.mode != clip_pb2.Tokenization.CAT:
-        violations.append(Violation(f"clip.tokenization.{budget}", "must be unset unless mode is CAT"))
     if len(clip.artifact_formats) > MAX_ARTIFACTS:
         count = len(clip.artifact_formats)
         violations.append(

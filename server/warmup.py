@@ -55,7 +55,7 @@ async def warm_up(core: CoreProcess, info: ModelInfo, model: models_pb2.Model) -
         inputs = JobInputs(folder / "inputs")
         artifacts = ArtifactStore(str(folder / "artifacts"))
         jobs = Jobs(JobStore(folder / "jobs.sqlite"), inputs, 0.0, metrics)
-        renderer = Renderer(core, model.name, model.engine, jobs, catalogue, inputs, artifacts, metrics, Costs())
+        renderer = Renderer(core, model, jobs, catalogue, inputs, artifacts, metrics, Costs())
         job = job_pb2.Job(job_id=uuid.uuid4().hex, clip=clip, detached=True)
         live, _ = await jobs.accept(job, np.full((clip.height, clip.width, 3), 127, dtype=np.uint8), "")
         assert live is not None

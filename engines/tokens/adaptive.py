@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from cinecat.engines.messages import Cat
 from cinecat.engines.tokens import path
 from cinecat.engines.tokens.allocation import Prices, Regions
-from cinecat.engines.tokens.plan import Grid, TokenPlan
-from cinecat.engines.tokens.schedule import rung_tokens, step_rungs
+from cinecat.engines.tokens.budget import keep_ratio_for, step_tokens
+from cinecat.engines.tokens.grid import Grid
+from cinecat.engines.tokens.plan import TokenPlan
 
 FIRST_FRAME_WEIGHT = 4.0
 """On what merging loses in the first latent frame, which is known and which all others look at."""
@@ -24,7 +28,9 @@ class AdaptiveTokens:
     Attributes:
         grid: of the clip's patches.
         steps: of the clip.
-        keep_ratio: mean over all steps, above 0, at most 1.
+        keep_ratio: mean over all steps, above 0, at most 1; with a target, 1 until the first step is done.
+        target_psnr_db: PSNR to the uniform result, in dB, from which the keep ratio follows after the first step, which
+            has all tokens; None where the keep ratio is given.
         prediction: of the clean latents by the last step, float32 [1, 16, T, H, W]; None before the first.
         spent: tokens of each step so far.
         seconds: spent on planning.
@@ -32,22 +38,25 @@ class AdaptiveTokens:
 
     grid: Grid
     steps: int
-    keep_ratio: float
+    keep_ratio: float = 1.0
+    target_psnr_db: float | None = None
     prediction: Tensor | None = None
     spent: list[int] = field(default_factory=list)
     seconds: float = 0.0
+    _prices: Prices | None = field(default=None, init=False, repr=False)
+
+    @classmethod
+    def of(cls, cat: Cat, grid: Grid, steps: int) -> AdaptiveTokens:
+        """As a request asks for them."""
+        return cls(grid, steps, 1.0 if cat.keep_ratio is None else cat.keep_ratio, cat.target_psnr_db)
 
     def plan(self) -> TokenPlan | None:
         """The plan of the coming step; None where every patch is a token."""
-        rung = step_rungs(self.steps, self.keep_ratio)[len(self.spent)]
-        if rung >= 1.0 or self.prediction is None:
+        tokens = step_tokens(self.grid, self.steps, self.keep_ratio)[len(self.spent)]
+        if tokens >= self.grid.count or self.prediction is None:
             return None
-        started = time.perf_counter()
-        regions = Regions.of(self.grid, str(self.prediction.device))
-        prices = Prices.of(regions, path.to_patches(self.prediction)[0], FIRST_FRAME_WEIGHT)
-        plan = prices.allocate(max(prices.least, rung_tokens(self.grid, rung)))
-        self.seconds += time.perf_counter() - started
-        return None if plan.is_uniform else plan
+        with self._timed():
+            return self._priced(self.prediction).allocate(tokens)
 
     def observe(self, latents: Tensor, velocity: Tensor, sigma: float, tokens: int) -> None:
         """Learns from a step that is done.
@@ -60,3 +69,21 @@ class AdaptiveTokens:
         """
         self.prediction = (latents - sigma * velocity).to(torch.float32)
         self.spent.append(tokens)
+        self._prices = None
+        if self.target_psnr_db is not None and len(self.spent) == 1:
+            with self._timed():
+                prices = self._priced(self.prediction)
+                self.keep_ratio = keep_ratio_for(self.grid, self.steps, self.target_psnr_db, prices.distortion_at)
+
+    def _priced(self, prediction: Tensor) -> Prices:
+        """Of the last prediction; the choice of a keep ratio and the plan after it share them."""
+        if self._prices is None:
+            regions = Regions.of(self.grid, str(prediction.device))
+            self._prices = Prices.of(regions, path.to_patches(prediction)[0], FIRST_FRAME_WEIGHT)
+        return self._prices
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds += time.perf_counter() - started

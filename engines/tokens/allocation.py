@@ -18,7 +18,8 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
-from cinecat.engines.tokens.plan import Grid, TokenPlan
+from cinecat.engines.tokens.grid import Grid
+from cinecat.engines.tokens.plan import TokenPlan
 
 _AXES = (4, 2, 1)
 """Bits of a patch's place in its region: later frame, lower row, right column."""
@@ -153,12 +154,36 @@ class Prices:
     @property
     def least(self) -> int:
         """Tokens with every region merged into one."""
-        return len(self.tokens)
+        return self.regions.grid.least
 
     def tokens_at(self, gain: float) -> int:
         """Tokens when every halving is bought that saves at least `gain` distortion per token."""
         bought = int((self.gain >= gain).sum())
         return int(self._spent[bought - 1]) if bought else self.least
+
+    @cached_property
+    def _lost(self) -> Tensor:
+        """float64 [1 + 3 x regions]: distortion before any halving, then once each, in order, is bought."""
+        saved = -self.distortion.double().diff(dim=1).flatten()[self.order]
+        total = self.distortion[:, 0].double().sum()[None]
+        return torch.cat([total, total - saved.cumsum(0)])
+
+    def distortion_at(self, budget: int) -> float:
+        """Distortion of the plan that `allocate` makes of a budget, without making it.
+
+        Where the budget ends within a halving, that one region is taken to save in proportion to its tokens.
+
+        Raises:
+            ValueError: as `allocate`.
+        """
+        self._check(budget)
+        bought = int(torch.searchsorted(self._spent, budget, right=True))
+        lost = float(self._lost[bought])
+        before = int(self._spent[bought - 1]) if bought else self.least
+        if budget > before:
+            share = (budget - before) / (int(self._spent[bought]) - before)
+            lost += share * (float(self._lost[bought + 1]) - lost)
+        return max(0.0, lost)
 
     def allocate(self, budget: int) -> TokenPlan:
         """The plan of least distortion within exactly `budget` tokens.
@@ -166,9 +191,8 @@ class Prices:
         Raises:
             ValueError: the budget is below one token a region or above one a patch.
         """
+        self._check(budget)
         grid = self.regions.grid
-        if not self.least <= budget <= grid.count:
-            raise ValueError(f"budget: {budget} tokens; this grid takes {self.least} to {grid.count}")
         bought = int(torch.searchsorted(self._spent, budget, right=True))
         region = self.order[:bought] // 3
         depth = torch.bincount(region, minlength=len(self.tokens))
@@ -187,6 +211,11 @@ class Prices:
         leaders = torch.empty(grid.count + 1, dtype=torch.long, device=patches.device)
         leaders[patches] = patches.gather(1, place)
         return TokenPlan(grid, leaders[:-1])
+
+    def _check(self, budget: int) -> None:
+        grid = self.regions.grid
+        if not self.least <= budget <= grid.count:
+            raise ValueError(f"budget: {budget} tokens; this grid takes {self.least} to {grid.count}")
 
 
 def _path(order: tuple[int, ...]) -> list[int]:

@@ -11,33 +11,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Grid:
-    """The base (1, 2, 2) patches of a latent video, counted along time, height and width."""
-
-    frames: int
-    height: int
-    width: int
-
-    def __post_init__(self) -> None:
-        if min(self.frames, self.height, self.width) < 1:
-            raise ValueError(f"grid: {self.frames}x{self.height}x{self.width} holds no patch")
-
-    @property
-    def count(self) -> int:
-        """Patches, which is what the uniform path spends in tokens."""
-        return self.frames * self.height * self.width
-
-    @property
-    def frame_count(self) -> int:
-        """Patches of one latent frame."""
-        return self.height * self.width
-
-    def positions(self, device: torch.device | str = "cpu") -> Tensor:
-        """Frame, row and column of every patch, float32 [count, 3]."""
-        axes = [torch.arange(n, device=device, dtype=torch.float32) for n in (self.frames, self.height, self.width)]
-        return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).view(-1, 3)
+from cinecat.engines.tokens.grid import Grid
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from cinecat.engines.tokens.plan import Grid
+from cinecat.engines.tokens.grid import Grid
 
 RUNGS = (1.0, 0.75, 0.5, 0.375, 0.25, 0.125)
 """Keep ratios of single steps: engines are built for these sequence lengths and no others."""

@@ -37,7 +37,8 @@ class Artifact:
 @dataclass(frozen=True, kw_only=True)
 class ClipSettings:
     """What a clip is made from, with every default filled in. Sizes in pixels, `fps` in frames per second. `prompt` is
-    what the model reads; with `prompt_as_is`, asking for it again changes nothing about it.
+    what the model reads; with `prompt_as_is`, asking for it again changes nothing about it. With `tokenization`
+    "cat", one of `asked_keep_ratio` and `target_psnr_db` is what limits its tokens.
     """
 
     model: str
@@ -55,6 +56,8 @@ class ClipSettings:
     styles: tuple[Style, ...]
     tokenization: str
     prompt_as_is: bool = False
+    asked_keep_ratio: float | None = None
+    target_psnr_db: float | None = None
 
     @property
     def style(self) -> str:
@@ -67,13 +70,16 @@ class Clip(ClipSettings):
     """A finished clip.
 
     `timings` gives seconds per stage; the stages in `cached` were not done because their result was known. Tokens are
-    per forward of the denoiser. `data` holds the first artifact when it was fetched into memory, `path` where it was
-    saved; both are None when it was not fetched.
+    per forward of the denoiser: `step_tokens` in each step, `tokens_used` their mean, `keep_ratio` that mean over
+    `tokens_uniform`. Below 1 the clip is an approximation of what the uniform path would have made. `data` holds the
+    first artifact when it was fetched into memory, `path` where it was saved; both are None when it was not fetched.
     """
 
     job_id: str
     tokens_used: int
     tokens_uniform: int
+    step_tokens: tuple[int, ...]
+    keep_ratio: float
     engine: str
     timings: dict[str, float]
     cached: tuple[str, ...]
@@ -81,11 +87,6 @@ class Clip(ClipSettings):
     artifacts: tuple[Artifact, ...]
     data: bytes | None = field(default=None, repr=False)
     path: Path | None = None
-
-    @property
-    def keep_ratio(self) -> float:
-        """Tokens used / tokens of the uniform path; 1 when the server reports none."""
-        return self.tokens_used / self.tokens_uniform if self.tokens_uniform else 1.0
 
     def fetched(self, artifact: bytes | Path) -> "Clip":
         """This clip with its first artifact: the bytes, or the path it was saved at."""
@@ -150,6 +151,9 @@ def clip_from_proto(job: job_pb2.Job) -> Clip:
         job_id=job.job_id,
         tokens_used=result.tokens_used,
         tokens_uniform=result.tokens_uniform,
+        step_tokens=tuple(result.step_tokens),
+        # A server older than CAT reports none.
+        keep_ratio=result.keep_ratio or 1.0,
         engine=result.engine,
         timings={names[timing.stage]: timing.duration.ToNanoseconds() / 1e9 for timing in result.timings},
         cached=tuple(names[timing.stage] for timing in result.timings if timing.cached),
@@ -191,6 +195,7 @@ def moment(message: Message, name: str) -> datetime | None:
 
 
 def _settings(clip: clip_pb2.ClipSpec) -> dict[str, Any]:
+    budget = clip.tokenization.WhichOneof("budget")
     return {
         "model": clip.model,
         "prompt": clip.prompt,
@@ -207,6 +212,8 @@ def _settings(clip: clip_pb2.ClipSpec) -> dict[str, Any]:
         "styles": tuple(map(Style.from_proto, clip.styles)),
         "tokenization": "cat" if clip.tokenization.mode == clip_pb2.Tokenization.CAT else "uniform",
         "prompt_as_is": clip.prompt_as_is,
+        "asked_keep_ratio": clip.tokenization.keep_ratio if budget == "keep_ratio" else None,
+        "target_psnr_db": clip.tokenization.target_psnr_db if budget == "target_psnr_db" else None,
     }
 
 

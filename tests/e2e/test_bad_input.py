@@ -58,11 +58,11 @@ BAD_CLIPS: list[tuple[str, dict[str, object], str, grpc.StatusCode, str]] = [
     ),
     ("a 100 kB prompt", {"prompt": "x" * 100_000}, "clip.prompt", INVALID, "at most 4096"),
     (
-        "an absent path",
-        {"tokenization": clip_pb2.Tokenization(mode=clip_pb2.Tokenization.CAT, keep_ratio=0.5)},
-        "clip.tokenization.mode",
+        "hardly any tokens",
+        {"tokenization": clip_pb2.Tokenization(mode=clip_pb2.Tokenization.CAT, keep_ratio=0.01)},
+        "clip.tokenization.keep_ratio",
         INVALID,
-        "UNIFORM",
+        "0.01 is not between",
     ),
     ("a million files", {"artifact_formats": [1] * 10**6}, "clip.artifact_formats", INVALID, "at most 8"),
     (

@@ -121,7 +121,7 @@ def test_a_prompt_that_the_text_encoder_cannot_read_whole_is_noted(core: EngineC
 
 @torch.inference_mode()
 def test_the_chunked_condition_equals_the_whole_video_through_the_vae(model: WanModel) -> None:
-    ours = stages.encode_condition(model, SHOT.image, 9)
+    ours = stages.encode_condition(model.vae, SHOT.image, 9)
     image = torch.from_numpy(SHOT.image).permute(2, 0, 1)[None, :, None] / 255.0 * 2 - 1
     video = torch.cat([image, image.new_zeros(1, 3, 8, 32, 48)], dim=2)
     theirs = model.vae.encode(video).latent_dist.mode()

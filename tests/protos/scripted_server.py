@@ -58,7 +58,9 @@ def succeeded(sequence: int) -> job_pb2.JobEvent:
 
 
 def succeeded_job(sha: str = "") -> job_pb2.Job:
-    result = job_pb2.ClipResult(tokens_used=12, tokens_uniform=24, engine="torch")
+    result = job_pb2.ClipResult(
+        tokens_used=12, tokens_uniform=24, engine="torch", step_tokens=[24, 8, 8, 8], keep_ratio=0.5
+    )
     result.artifacts.add(
         name="clip.mp4",
         format=clip_pb2.ARTIFACT_FORMAT_MP4_H264,

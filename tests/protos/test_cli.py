@@ -61,6 +61,8 @@ def test_generate_prints_one_json_object(script: Script, shot: Path, tmp_path: P
         "tokenization": "uniform",
         "tokens_used": 12,
         "tokens_uniform": 24,
+        "step_tokens": [24, 8, 8, 8],
+        "keep_ratio": 0.5,
         "engine": "torch",
         "timings": {"denoise": 1.5, "text_encode": 0.001},
     }
@@ -93,6 +95,16 @@ def test_every_option_reaches_the_request(script: Script, shot: Path, tmp_path: 
         seed=7,
         tokenization=clip_pb2.Tokenization(mode=clip_pb2.Tokenization.CAT, keep_ratio=0.5),
     )
+
+
+def test_a_quality_to_hold_reaches_the_request(script: Script, shot: Path, tmp_path: Path, capsys: Captured) -> None:
+    script.generate.append([succeeded(1)])
+    script.download.append(WHOLE)
+    arguments = ["generate", str(shot), "-p", "a cat", "-o", str(tmp_path / "o.mp4")]
+    assert run([*arguments, "--tokenization", "cat", "--target-psnr", "38"]) == 0
+    (request,) = script.requests(generation_pb2.GenerateRequest)
+    assert request.clip.tokenization == clip_pb2.Tokenization(mode="CAT", target_psnr_db=38)
+    assert "(lossy) 12/24 tokens" in capsys.readouterr().out
 
 
 def test_the_frames_are_saved_too(script: Script, shot: Path, tmp_path: Path, capsys: Captured) -> None:

@@ -19,7 +19,7 @@ from cinecat import (
     Style,
 )
 from cinecat.errors import FieldViolation, WrongState
-from cinecat.v1 import generation_pb2, job_pb2
+from cinecat.v1 import clip_pb2, generation_pb2, job_pb2
 from tests.protos.scripted_server import (
     MP4,
     PNG,
@@ -57,9 +57,18 @@ def test_events_end_with_the_clip_in_memory(script: Script, twin: Twin) -> None:
     assert clip.style == "noir:0.8+amber:0.5"
     assert clip.timings == {"denoise": 1.5, "text_encode": 0.001}
     assert clip.cached == ("text_encode",)
-    assert clip.keep_ratio == 0.5
+    assert (clip.keep_ratio, clip.step_tokens) == (0.5, (24, 8, 8, 8))
     assert clip.notes == ("image: cropped",)
     assert [artifact.format for artifact in clip.artifacts] == ["mp4", "frames_f32"]
+
+
+@pytest.mark.parametrize(("budget", "asked"), [("keep_ratio", "asked_keep_ratio"), ("target_psnr_db",) * 2])
+def test_a_job_tells_what_was_asked_of_cat(script: Script, twin: Twin, budget: str, asked: str) -> None:
+    script.finished_job.clip.tokenization.CopyFrom(clip_pb2.Tokenization(mode="CAT", **{budget: 0.25}))
+    settings = twin.call("job", "job-1").settings
+    assert settings.tokenization == "cat"
+    told = {name: getattr(settings, name) for name in ("asked_keep_ratio", "target_psnr_db")}
+    assert told == {"asked_keep_ratio": None, "target_psnr_db": None} | {asked: 0.25}
 
 
 def test_the_clip_is_saved_and_nothing_else_is_left_beside_it(script: Script, twin: Twin, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ INFO = ModelInfo(
     style_targets={},
 )
 ANSWERS = {
-    "steps": Stepped(1, 2, 0.5),
+    "steps": Stepped(1, 2, 0.5, 16),
     "refuses": Failure("request", "all steps are done"),
     "has no memory": Failure("memory", "out of memory"),
     "finds no slot": Failure("slots", "no style slot is free"),

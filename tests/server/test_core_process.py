@@ -71,7 +71,7 @@ def test_calls_are_answered_and_failures_told_apart() -> None:
         core = new_core()
         assert await core.start() == stub_core.INFO
         try:
-            assert await core.call(Step("steps"), Stepped) == Stepped(1, 2, 0.5)
+            assert await core.call(Step("steps"), Stepped) == Stepped(1, 2, 0.5, 16)
             with pytest.raises(EngineError, match="all steps are done"):
                 await core.call(Step("refuses"), Stepped)
             with pytest.raises(OutOfMemory, match="out of memory"):
@@ -120,7 +120,7 @@ def test_calls_that_come_during_a_restart_take_no_answer_of_the_start() -> None:
             outcomes = await asyncio.gather(*calls, return_exceptions=True)
             assert {type(outcome) for outcome in outcomes} <= {CoreDied, Released}
             assert Released() in outcomes
-            assert await core.call(Step("steps"), Stepped) == Stepped(1, 2, 0.5)
+            assert await core.call(Step("steps"), Stepped) == Stepped(1, 2, 0.5, 16)
         finally:
             await core.stop()
 

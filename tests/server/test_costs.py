@@ -11,6 +11,7 @@ from cinecat.v1 import job_pb2 as pb
 from tests.server.samples import new_job
 
 TOKENS = 32
+UNIFORM = (TOKENS, TOKENS)
 PIXELS = 64 * 64 * 5
 
 
@@ -35,13 +36,13 @@ def costs() -> Costs:
 def test_nothing_is_known_before_it_was_measured() -> None:
     unknown = Costs()
     assert unknown.seconds("step", 10) is None
-    assert unknown.remaining(job_in(pb.JOB_STATE_QUEUED), TOKENS) is None
+    assert unknown.remaining(job_in(pb.JOB_STATE_QUEUED), UNIFORM) is None
 
 
 def test_one_kind_of_work_says_nothing_about_another() -> None:
     partly = Costs()
     partly.observe("step", TOKENS, 3.0)
-    assert partly.remaining(job_in(pb.JOB_STATE_QUEUED), TOKENS) is None
+    assert partly.remaining(job_in(pb.JOB_STATE_QUEUED), UNIFORM) is None
 
 
 @pytest.mark.parametrize(
@@ -57,14 +58,20 @@ def test_one_kind_of_work_says_nothing_about_another() -> None:
     ],
 )
 def test_what_remains_shrinks_as_a_job_goes_on(costs: Costs, job: pb.Job, seconds: float) -> None:
-    assert costs.remaining(job, TOKENS) == pytest.approx(seconds)
+    assert costs.remaining(job, UNIFORM) == pytest.approx(seconds)
 
 
 def test_a_guided_step_counts_twice(costs: Costs) -> None:
     guided = job_in(pb.JOB_STATE_DENOISING)
     guided.clip.guidance_scale = 3.0
     assert token_rows(guided.clip, TOKENS) == 2 * TOKENS
-    assert costs.remaining(guided, TOKENS) == pytest.approx(22.0)
+    assert costs.remaining(guided, UNIFORM) == pytest.approx(22.0)
+
+
+def test_a_step_that_spends_fewer_tokens_takes_less(costs: Costs) -> None:
+    merged = (TOKENS, TOKENS // 2)
+    assert costs.remaining(job_in(pb.JOB_STATE_DENOISING), merged) == pytest.approx(14.5)
+    assert costs.remaining(job_in(pb.JOB_STATE_DENOISING, step=1), merged) == pytest.approx(11.5)
 
 
 @given(st.floats(0.01, 100), st.floats(0.01, 100), st.integers(1, 10**6))

@@ -86,8 +86,12 @@ def styles(*references: tuple[str, float | None]) -> list[Message]:
         ("fps", 241.0, "clip.fps", "between 1 and 240"),
         ("seed", -1, "clip.seed", "between 0 and 9223372036854775807"),
         ("fit", 17, "clip.fit", "FIT_CROP, FIT_PAD, FIT_STRETCH"),
-        ("tokenization", {"mode": "CAT"}, "clip.tokenization.mode", "offers UNIFORM"),
-        ("tokenization", {"mode": 9}, "clip.tokenization.mode", "offers UNIFORM"),
+        ("tokenization", {"mode": 9}, "clip.tokenization.mode", "9 is not one of UNIFORM, CAT"),
+        ("tokenization", {"mode": "CAT", "keep_ratio": 0.2}, "clip.tokenization.keep_ratio", "0.2 is not between 0.25"),
+        ("tokenization", {"mode": "CAT", "keep_ratio": 1.01}, "clip.tokenization.keep_ratio", "64x64 with 5 frames"),
+        ("tokenization", {"mode": "CAT", "keep_ratio": math.nan}, "clip.tokenization.keep_ratio", "nan is not between"),
+        ("tokenization", {"mode": "CAT", "target_psnr_db": 14.9}, "clip.tokenization.target_psnr_db", "between 15 and"),
+        ("tokenization", {"mode": "CAT", "target_psnr_db": math.nan}, "clip.tokenization.target_psnr_db", "and 60"),
         ("tokenization", {"mode": "UNIFORM", "keep_ratio": 0.5}, "clip.tokenization.keep_ratio", "unset unless"),
         ("tokenization", {"target_psnr_db": 40.0}, "clip.tokenization.target_psnr_db", "unset unless"),
         ("artifact_formats", [1, 9], "clip.artifact_formats[1]", "ARTIFACT_FORMAT_FRAMES_F32"),
@@ -181,6 +185,44 @@ def test_what_is_set_is_kept_but_for_the_image() -> None:
     assert resolved == asked
 
 
+@pytest.mark.parametrize(
+    ("asked", "resolved", "noted"),
+    [
+        ({"mode": "CAT"}, {"mode": "CAT", "keep_ratio": 0.75}, ["cat is lossy; keep ratio 0.75"]),
+        ({"mode": "CAT", "keep_ratio": 0.5}, {"mode": "CAT", "keep_ratio": 0.5}, ["cat is lossy; keep ratio 0.5"]),
+        ({"mode": "CAT", "keep_ratio": 1.0}, {"mode": "CAT", "keep_ratio": 1.0}, []),
+        ({"mode": "CAT", "target_psnr_db": 40}, {"mode": "CAT", "target_psnr_db": 40}, ["follows from 40 dB"]),
+    ],
+)
+def test_cat_is_kept_with_its_budget_and_called_lossy(
+    asked: dict[str, object], resolved: dict[str, object], noted: list[str]
+) -> None:
+    accepted = checked(tokenization=asked, width=128, height=128, frames=17, steps=8, image=png(128, 128))
+    assert accepted.clip.tokenization == clip_pb2.Tokenization(**resolved)
+    assert len(accepted.notes) == len(noted)
+    assert all(part in note for part, note in zip(noted, accepted.notes, strict=True))
+
+
+def test_an_accepted_clip_of_cat_is_accepted_as_it_is() -> None:
+    again = checked(tokenization={"mode": "CAT"}, seed=3, styles=styles(("noir", None))).clip
+    resent = clip_pb2.ClipSpec()
+    resent.CopyFrom(again)
+    resent.image = IMAGE
+    assert check_clip(resent, MODEL, STYLES).clip == again
+
+
+def test_a_size_with_nothing_to_merge_keeps_every_token() -> None:
+    accepted = checked(tokenization={"mode": "CAT"}, width=32, height=32, frames=1)
+    assert accepted.clip.tokenization.keep_ratio == 1.0
+    assert checked(tokenization={"mode": "CAT", "keep_ratio": 1.0}, width=32, height=32, frames=1)
+
+
+def test_a_ratio_that_so_few_steps_cannot_hold_is_noted_with_what_it_will_be() -> None:
+    _, told = checked(tokenization={"mode": "CAT", "keep_ratio": 0.3}, steps=2).notes
+    assert "0.3 cannot be held by a clip of this size in 2 steps" in told
+    assert "will be 0.62" in told
+
+
 def test_default_steps_keep_within_the_limit() -> None:
     few = model(max_steps=3)
     assert check_clip(clip(steps=None), few, STYLES).clip.steps == 3
@@ -258,7 +300,8 @@ random_clips = st.builds(
     guidance_scale=st.none() | floats,
     seed=st.none() | st.integers(-(2**63), 2**63 - 1),
     tokenization=st.none()
-    | st.builds(clip_pb2.Tokenization, mode=st.sampled_from([0, 1, 2, 9]), keep_ratio=st.none() | floats),
+    | st.builds(clip_pb2.Tokenization, mode=st.sampled_from([0, 1, 2, 9]), keep_ratio=st.none() | floats)
+    | st.builds(clip_pb2.Tokenization, mode=st.sampled_from([0, 2]), target_psnr_db=floats),
     artifact_formats=st.lists(st.sampled_from([0, 1, 2, 9]), max_size=3),
 )
 good_fields = st.fixed_dictionaries(
@@ -306,5 +349,6 @@ def assert_complete(accepted: AcceptableClip) -> None:
     set_fields = {field.name for field, _ in resolved.ListFields()}
     assert set_fields >= {"model", "fit", "width", "height", "frames", "fps", "steps", "guidance_scale", "seed"}
     assert resolved.tokenization.mode
+    assert bool(resolved.tokenization.WhichOneof("budget")) == (resolved.tokenization.mode == clip_pb2.Tokenization.CAT)
     assert resolved.artifact_formats
     assert all(worn.version and worn.HasField("strength") for worn in resolved.styles)

@@ -95,7 +95,7 @@ def _encoded(model: WanEncoders, clip: CaptionedClip, caption: str, shape: ClipS
     used = int(text.abs().sum(dim=1).nonzero().max()) + 1
     tensors = {
         "clean": ((encode(model.vae, video) - mean) * inverse_std)[0].float(),
-        "condition": stages.encode_condition(model, start, shape.frames)[0],
+        "condition": stages.encode_condition(model.vae, start, shape.frames)[0],
         "text": text[:used],
         "image": stages.encode_image(model, start)[0],
     }

@@ -16,6 +16,7 @@ _SUMMARIES = {
     "train-style": "Train a style on a few captioned clips.",
     "train-cat": "Distil an adapter for steps with merged tokens.",
     "film-set": "Write captioned clips of the procedural film set, in a look of choice.",
+    "plan": "Draw which patches of an image's clip share a token.",
     "evaluate": "Measure clips beside others of the same names, or let people choose blind.",
     "bench": "Measure Cinecat against its rivals, side by side in one run.",
 }

@@ -42,10 +42,16 @@ def generate(
     model: Annotated[str, typer.Option("--model", help="A model that `cinecat models` lists.")] = "",
     tokenization: Annotated[
         str | None,
-        typer.Option("--tokenization", metavar="uniform|cat", help="cat spends fewer tokens where little happens."),
+        typer.Option(
+            "--tokenization", metavar="uniform|cat", help="cat spends fewer tokens where little happens; it is lossy."
+        ),
     ] = None,
     keep_ratio: Annotated[
-        float | None, typer.Option("--keep-ratio", help="Share of the tokens that cat may spend.")
+        float | None, typer.Option("--keep-ratio", help="Share of the tokens that cat may spend, e.g. 0.5.")
+    ] = None,
+    target_psnr: Annotated[
+        float | None,
+        typer.Option("--target-psnr", metavar="DB", help="Or the PSNR to the uniform clip that cat is to hold."),
     ] = None,
     frames_f32: Annotated[
         Path | None,
@@ -78,6 +84,7 @@ def generate(
         "model": model,
         "tokenization": tokenization,
         "keep_ratio": keep_ratio,
+        "target_psnr_db": target_psnr,
         "artifacts": ("mp4", "frames_f32") if frames_f32 else (),
     }
     with connect(server) as client:
@@ -108,7 +115,8 @@ def describe(clip: Clip) -> str:
     seconds = sum(clip.timings.values())
     return (
         f"{clip.frames} frames {clip.width}x{clip.height} at {clip.fps:g} fps, seed {clip.seed}, style {clip.style}, "
-        f"{clip.tokenization} {clip.tokens_used}/{clip.tokens_uniform} tokens, {clip.engine}, {seconds:.1f} s"
+        f"{clip.tokenization}{' (lossy)' if clip.keep_ratio < 1.0 else ''} {clip.tokens_used}/{clip.tokens_uniform} "
+        f"tokens, {clip.engine}, {seconds:.1f} s"
     )
 
 

@@ -83,7 +83,6 @@ def clip_json(clip: Clip, output: object = None) -> dict[str, object]:
         "output": None if output is None else str(output),
         **value,
         "style": clip.style,
-        "keep_ratio": clip.keep_ratio,
     }
 
 

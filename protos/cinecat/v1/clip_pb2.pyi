@@ -125,7 +125,7 @@ class Tokenization(_message.Message):
         UNIFORM: Tokenization._Mode.ValueType  # 1
         """Every latent patch is a token. Exact."""
         CAT: Tokenization._Mode.ValueType  # 2
-        """Content-adaptive: redundant regions share tokens. Lossy."""
+        """Content-adaptive: redundant regions share tokens. Lossy. With no budget set, a keep ratio of 0.75."""
 
     class Mode(_Mode, metaclass=_ModeEnumTypeWrapper): ...
     MODE_UNSPECIFIED: Tokenization.Mode.ValueType  # 0
@@ -133,16 +133,18 @@ class Tokenization(_message.Message):
     UNIFORM: Tokenization.Mode.ValueType  # 1
     """Every latent patch is a token. Exact."""
     CAT: Tokenization.Mode.ValueType  # 2
-    """Content-adaptive: redundant regions share tokens. Lossy."""
+    """Content-adaptive: redundant regions share tokens. Lossy. With no budget set, a keep ratio of 0.75."""
 
     MODE_FIELD_NUMBER: _builtins.int
     KEEP_RATIO_FIELD_NUMBER: _builtins.int
     TARGET_PSNR_DB_FIELD_NUMBER: _builtins.int
     mode: Global___Tokenization.Mode.ValueType
     keep_ratio: _builtins.float
-    """Tokens used / uniform tokens, above 0 and at most 1."""
+    """Tokens used / uniform tokens over all steps, at most 1. How low it may be depends on the size, and errors tell."""
     target_psnr_db: _builtins.float
-    """Quality to hold, in dB of PSNR to the uniform result; the keep ratio then follows the content."""
+    """Quality to hold, in dB of PSNR to the uniform result, 15 to 60; the keep ratio then follows the content. An
+    estimate, not a promise.
+    """
     def __init__(
         self,
         *,

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cinecat.engines.tokens.allocation import Prices, Regions
-from cinecat.engines.tokens.plan import Grid, TokenPlan
+from cinecat.engines.tokens.grid import Grid
+from cinecat.engines.tokens.plan import TokenPlan
 
 GRIDS = st.builds(Grid, st.integers(1, 6), st.integers(1, 7), st.integers(1, 7))
 KINDS = st.sampled_from(["noise", "flat", "corner", "cut", "steps"])
@@ -50,7 +51,7 @@ def test_the_budget_is_spent_exactly(grid: Grid, kind: str, share: float) -> Non
 
 
 @given(GRIDS, KINDS)
-@settings(max_examples=25)
+@settings(deadline=None, max_examples=25)
 def test_more_tokens_never_lose_more(grid: Grid, kind: str) -> None:
     values = content(grid, kind)
     prices = Prices.of(Regions.of(grid), values)
@@ -74,7 +75,7 @@ def test_the_same_content_gives_the_same_plan(grid: Grid, kind: str, share: floa
 
 
 @given(GRIDS, KINDS)
-@settings(max_examples=25)
+@settings(deadline=None, max_examples=25)
 def test_a_level_loses_what_its_plan_loses(grid: Grid, kind: str) -> None:
     values = content(grid, kind)
     prices = Prices.of(Regions.of(grid), values)
@@ -89,6 +90,24 @@ def test_tokens_at_a_gain_are_those_whose_halvings_save_as_much(grid: Grid, kind
     tokens = prices.tokens_at(gain)
     assert prices.least <= tokens <= grid.count
     assert prices.tokens_at(gain * 2) <= tokens
+
+
+@given(GRIDS, KINDS)
+@settings(deadline=None, max_examples=25)
+def test_the_distortion_of_a_budget_is_that_of_its_plan(grid: Grid, kind: str) -> None:
+    values = content(grid, kind)
+    prices = Prices.of(Regions.of(grid), values)
+    for tokens in {prices.least, *prices._spent.tolist()}:
+        assert prices.distortion_at(tokens) == pytest.approx(loss(prices.allocate(tokens), values), rel=1e-4, abs=1e-3)
+
+
+@given(GRIDS, KINDS)
+@settings(deadline=None, max_examples=25)
+def test_the_distortion_falls_with_the_budget_to_nothing(grid: Grid, kind: str) -> None:
+    prices = Prices.of(Regions.of(grid), content(grid, kind))
+    lost = [prices.distortion_at(budget) for budget in range(prices.least, grid.count + 1)]
+    assert all(later <= earlier for earlier, later in itertools.pairwise(lost))
+    assert lost[-1] == pytest.approx(0.0, abs=1e-3)
 
 
 def test_no_token_crosses_a_region_or_leaves_the_first_frame() -> None:

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cinecat.engines.tokens.plan import Grid, TokenPlan
+from cinecat.engines.tokens.grid import Grid
+from cinecat.engines.tokens.plan import TokenPlan
 
 GRIDS = st.builds(Grid, st.integers(1, 5), st.integers(1, 6), st.integers(1, 6))
 

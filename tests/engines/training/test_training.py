@@ -138,7 +138,7 @@ def test_films_are_encoded_as_the_engine_encodes_them(micro_folder: Path) -> Non
     film = make_clip(0, 5, 32, 32)
     latents = encode_films(model, lambda seed: [make_clip(seed, 5, 32, 32)], range(2))
     with torch.inference_mode():
-        condition = encode_condition(model, film.first_frame, 5)
+        condition = encode_condition(model.vae, film.first_frame, 5)
         text = encode_text(model, film.caption)
     assert latents.condition(torch.tensor([0])) == pytest.approx(condition, abs=2e-3)
     assert latents.text[0] == pytest.approx(text[0, :WORDS], abs=1e-4)

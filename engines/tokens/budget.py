@@ -1,0 +1,57 @@
+"""How many tokens a clip spends, by a keep ratio or by the quality to hold. Free of torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from cinecat.engines.tokens.grid import Grid
+from cinecat.engines.tokens.schedule import LEAST_KEEP_RATIO, rung_tokens, step_rungs
+
+KEEP_RATIOS = (0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
+"""Of clips that hold a quality, one of these."""
+
+PSNR_DB_AT_UNIT_DISTORTION = 30.0
+PSNR_DB_PER_DECADE = 6.0
+"""Both fitted on wan-tiny by `cinecat bench tokens`: PSNR of merged clips to the uniform ones at the same seed, over
+what their plans lose. They say nothing about another model before they are fitted on it.
+"""
+
+
+def step_tokens(grid: Grid, steps: int, keep_ratio: float) -> tuple[int, ...]:
+    """Tokens of every step of a clip, per row."""
+    rungs = step_rungs(steps, keep_ratio)
+    return tuple(grid.count if rung >= 1.0 else max(grid.least, rung_tokens(grid, rung)) for rung in rungs)
+
+
+def least_keep_ratio(grid: Grid) -> float:
+    """Of any single step."""
+    return max(grid.least, rung_tokens(grid, LEAST_KEEP_RATIO)) / grid.count
+
+
+def expected_psnr_db(distortion: float) -> float:
+    """PSNR to the uniform result, in dB, that is to be expected of plans which lose that much.
+
+    Args:
+        distortion: squared deviation of the clean prediction from its tokens' means, as `Prices` weighs it, per patch;
+            the mean over the merged steps.
+    """
+    if distortion <= 0.0:
+        return math.inf
+    return PSNR_DB_AT_UNIT_DISTORTION - PSNR_DB_PER_DECADE * math.log10(distortion)
+
+
+def keep_ratio_for(grid: Grid, steps: int, target_psnr_db: float, distortion_at: Callable[[int], float]) -> float:
+    """The smallest of KEEP_RATIOS that is expected to hold a quality; 1 when no other does.
+
+    Args:
+        target_psnr_db: PSNR to the uniform result, in dB.
+        distortion_at: what a plan of so many tokens loses in total, for the content at hand.
+    """
+    for keep_ratio in KEEP_RATIOS:
+        merged = [tokens for tokens in step_tokens(grid, steps, keep_ratio) if tokens < grid.count]
+        lost = {tokens: distortion_at(tokens) / grid.count for tokens in set(merged)}
+        mean = sum(lost[tokens] for tokens in merged) / max(1, len(merged))
+        if expected_psnr_db(mean) >= target_psnr_db:
+            return keep_ratio
+    return 1.0
