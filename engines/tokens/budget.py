@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
 
 from cinecat.engines.tokens.grid import Grid
@@ -34,7 +35,7 @@ def expected_psnr_db(distortion: float) -> float:
 
     Args:
         distortion: squared deviation of the clean prediction from its tokens' means, as `Prices` weighs it, per patch;
-            the mean over the merged steps.
+            the mean over all steps.
     """
     if distortion <= 0.0:
         return math.inf
@@ -49,9 +50,9 @@ def keep_ratio_for(grid: Grid, steps: int, target_psnr_db: float, distortion_at:
         distortion_at: what a plan of so many tokens loses in total, for the content at hand.
     """
     for keep_ratio in KEEP_RATIOS:
-        merged = [tokens for tokens in step_tokens(grid, steps, keep_ratio) if tokens < grid.count]
-        lost = {tokens: distortion_at(tokens) / grid.count for tokens in set(merged)}
-        mean = sum(lost[tokens] for tokens in merged) / max(1, len(merged))
+        spent = Counter(step_tokens(grid, steps, keep_ratio))
+        lost = {tokens: distortion_at(tokens) / grid.count for tokens in spent}
+        mean = sum(count * lost[tokens] for tokens, count in spent.items()) / steps
         if expected_psnr_db(mean) >= target_psnr_db:
             return keep_ratio
     return 1.0

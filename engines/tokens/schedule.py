@@ -25,7 +25,7 @@ def step_rungs(steps: int, keep_ratio: float) -> tuple[float, ...]:
 
     The first step has all tokens, since there is no prediction to unmerge by before it, and the last ones have: what
     merging spoils early, later steps at full tokens mend, and what it spoils late stays (docs/token-allocation.md).
-    Between them lies the lowest rung that leaves at least a quarter of the steps whole, or the lowest of all.
+    Between them all steps are at the highest rung that leaves a quarter of the steps whole, or at the lowest of all.
 
     Args:
         keep_ratio: above 0, at most 1, over all steps of the clip. Where it cannot be held, since the first step alone
