@@ -179,7 +179,7 @@ def make_traces(
 def encode_film(model: WanEncoders, spec: TraceSpec) -> Film:
     """The film of a spec as the engine conditions on it; its own latents only where its course begins with them."""
     clip = make_clip(spec.seed, spec.frames, spec.height, spec.width)
-    condition = stages.encode_condition(model, clip.first_frame, spec.frames)[0]
+    condition = stages.encode_condition(model.vae, clip.first_frame, spec.frames)[0]
     padded = stages.encode_text(model, "" if spec.bare else clip.caption)[0]
     words = int(padded.abs().sum(dim=1).nonzero().max()) + 1
     given = Given(condition, padded[:words].clone(), stages.encode_image(model, clip.first_frame)[0])

@@ -18,7 +18,8 @@ from cinecat.engines.slots import NO_STYLE, Factors
 from cinecat.engines.tokens import path
 from cinecat.engines.tokens.adaptive import FIRST_FRAME_WEIGHT
 from cinecat.engines.tokens.allocation import Prices, Regions
-from cinecat.engines.tokens.plan import Grid, TokenPlan
+from cinecat.engines.tokens.grid import Grid
+from cinecat.engines.tokens.plan import TokenPlan
 from cinecat.engines.tokens.schedule import rung_tokens
 from cinecat.engines.training.cat.recipe import CatRecipe
 from cinecat.engines.training.dit import PaddedTextAttention, text_bias

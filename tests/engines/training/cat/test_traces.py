@@ -68,7 +68,7 @@ def test_films_are_encoded_as_the_engine_does(micro: Path) -> None:
     text = stages.encode_text(model, clip.caption)[0]
     assert encoded.clean is not None
     assert encoded.clean.shape == (16, 2, 4, 4)
-    assert torch.equal(encoded.given.condition, stages.encode_condition(model, clip.first_frame, 5)[0])
+    assert torch.equal(encoded.given.condition, stages.encode_condition(model.vae, clip.first_frame, 5)[0])
     assert torch.equal(encoded.given.text, text[: len(encoded.given.text)])
     assert not text[len(encoded.given.text) :].any()
     bare = encode_film(model, replace(one, kind="sampled", bare=True))
