@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,12 +31,11 @@ from cinecat.engines.messages import (
     StyleUse,
 )
 from cinecat.engines.model import WanModel, load_model, synchronize
-from cinecat.engines.slots import Factors, StyleSlots, Worn, other_targets
+from cinecat.engines.slots import StyleSlots, other_targets
 from cinecat.engines.tokens.adaptive import AdaptiveTokens
 from cinecat.engines.tokens.grid import Grid
 from cinecat.engines.variants import Variant, fuse_variant
-from cinecat.plugins.errors import LoraError
-from cinecat.plugins.lora import load_lora
+from cinecat.engines.wardrobe import CatAdapter, Outfit, Wardrobe
 
 
 @dataclass
@@ -50,7 +47,7 @@ class _Request:
     branches: tuple[Branch, ...]  # the prompt's, then with guidance the negative prompt's
     guidance_scale: float
     scheduler: Any
-    worn: Worn
+    outfit: Outfit
     grid: Grid
     tokens: AdaptiveTokens | None  # None on the uniform path
     step: int = 0
@@ -87,11 +84,12 @@ class EngineCore:
         announce(memory)
         check_slots_fit(memory)
         others = other_targets(transformer)
-        self._slots = StyleSlots(transformer.blocks, config.style_slots, config.max_rank, self._model.dtype, others)
-        blocks = TorchBlocks(transformer, self._slots)
+        slots = StyleSlots(transformer.blocks, config.style_slots, config.max_rank, self._model.dtype, others)
+        blocks = TorchBlocks(transformer, slots)
         self._denoiser = Denoiser(transformer, blocks)
         self._cache: ContentCache[Tensor] = ContentCache(config.cache_bytes, lambda tensor: tensor.nbytes)
-        self._read_styles: ContentCache[Factors] = ContentCache(config.style_cache_bytes, _factors_bytes)
+        adapter = CatAdapter.beside(checkpoint.folder) if variant is None else None
+        self._wardrobe = Wardrobe(slots, config.style_cache_bytes, adapter)
         self._requests: dict[str, _Request] = {}
         positions = transformer.config.rope_max_seq_len
         self.model_info = ModelInfo(
@@ -107,7 +105,7 @@ class EngineCore:
             max_frames=(positions - 1) * VAE_TEMPORAL_STRIDE + 1,
             max_size=positions * self._pixel_stride * transformer.config.patch_size[1],
             max_rank=config.max_rank,
-            style_targets=dict(self._slots.targets),
+            style_targets=dict(slots.targets),
             shift=self._model.shift,
             other_targets=others,
             variant=variant.name if variant else "",
@@ -127,17 +125,14 @@ class EngineCore:
             EngineError: its styles cannot be worn.
         """
         self.release(shot.job_id)
-        strengths: defaultdict[str, float] = defaultdict(float)
-        for style in shot.styles:
-            strengths[style.fingerprint] += style.strength  # one file under two names
-        worn = self._slots.wear(strengths, lambda fingerprint: self._load_style(shot.styles, fingerprint))
+        outfit = self._wardrobe.dress(shot.styles, merging=shot.cat is not None)
         try:
-            return self._condition(shot, worn)
+            return self._condition(shot, outfit)
         except BaseException:
-            self._slots.take_off(worn)
+            self._wardrobe.undress(outfit)
             raise
 
-    def _condition(self, shot: Shot, worn: Worn) -> Conditioned:
+    def _condition(self, shot: Shot, outfit: Outfit) -> Conditioned:
         model, clock = self._model, _Clock(self._model.device)
         guided = shot.guidance_scale > 1.0
         prompts = [shot.prompt, shot.negative_prompt] if guided else [shot.prompt]
@@ -165,16 +160,16 @@ class EngineCore:
         latent_shape = (1, model.vae.config.z_dim, *condition.shape[2:])
         grid = self._denoiser.grid(*latent_shape[2:])
         scheduler = model.new_scheduler(shot.steps, shot.shift)
-        notes: tuple[str, ...] = ()
+        notes = (outfit.note,) if outfit.note else ()
         if stages.prompt_is_truncated(model, shot.prompt):
-            notes = (f"prompt: cut after {stages.TEXT_TOKENS} tokens, which is all that the text encoder reads",)
+            notes += (f"prompt: cut after {stages.TEXT_TOKENS} tokens, which is all that the text encoder reads",)
         self._requests[shot.job_id] = _Request(
             latents=stages.starting_noise(shot.seed, latent_shape, model.device),
             condition=condition,
             branches=tuple(self._denoiser.project_context(text, image) for text in texts),
             guidance_scale=shot.guidance_scale,
             scheduler=scheduler,
-            worn=worn,
+            outfit=outfit,
             grid=grid,
             tokens=AdaptiveTokens.of(shot.cat, grid, len(scheduler.timesteps)) if shot.cat else None,
         )
@@ -211,11 +206,11 @@ class EngineCore:
 
     def _velocity(self, request: _Request, timestep: Tensor) -> tuple[Tensor, int]:
         """The guided velocity of the coming step, and the tokens of each forward."""
-        tokens, merged = request.tokens, None
+        tokens, merged, worn = request.tokens, None, request.outfit.whole
         if tokens is not None and (plan := tokens.plan()) is not None and tokens.prediction is not None:
-            merged = Merged(plan, tokens.prediction)
+            merged, worn = Merged(plan, tokens.prediction), request.outfit.merged
         velocity, *unguided = self._denoiser.velocities(
-            request.latents, request.condition, timestep, request.branches, request.worn, merged
+            request.latents, request.condition, timestep, request.branches, worn, merged
         )
         for other in unguided:
             velocity = other + request.guidance_scale * (velocity - other)
@@ -246,7 +241,7 @@ class EngineCore:
         """Frees a request, if it is known."""
         request = self._requests.pop(job_id, None)
         if request is not None:
-            self._slots.take_off(request.worn)
+            self._wardrobe.undress(request.outfit)
 
     @torch.inference_mode()
     def warm(self, style: StyleUse) -> None:
@@ -256,19 +251,11 @@ class EngineCore:
             NoFreeSlot: running requests wear all slots.
             EngineError: it cannot be worn.
         """
-        self._slots.take_off(self._slots.wear({style.fingerprint: 1.0}, lambda name: self._load_style((style,), name)))
-
-    def _load_style(self, styles: tuple[StyleUse, ...], fingerprint: str) -> Factors:
-        """A style's factors, from memory or its file; what is worn under a fingerprint must be what that says."""
-        path = Path(next(style.path for style in styles if style.fingerprint == fingerprint))
-        try:
-            return self._read_styles.get(fingerprint, lambda: load_lora(path, fingerprint))[0]
-        except LoraError as error:
-            raise EngineError(f"styles: {error}") from error
+        self._wardrobe.warm(style)
 
     def residency(self) -> tuple[ResidentStyle, ...]:
         """What is in the slots, least recently used first."""
-        return self._slots.residency()
+        return self._wardrobe.residency()
 
     def _request(self, job_id: str) -> _Request:
         request = self._requests.get(job_id)
@@ -291,10 +278,6 @@ class _Clock:
         cached = all(known for _, known in results)
         self.timings.append(StageTime(stage, time.perf_counter() - started, cached))
         return [tensor for tensor, _ in results]
-
-
-def _factors_bytes(factors: Factors) -> int:
-    return sum(a.nbytes + b.nbytes for a, b in factors.values())
 
 
 def _size(model: WanModel) -> tuple[int, int]:

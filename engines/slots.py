@@ -88,6 +88,7 @@ class StyleSlots:
     rank with their strengths folded in, which is exact: B1 A1 + B2 A2 = [B1 B2] [A1; A2].
 
     Attributes:
+        count: of the slots, without that for "no style".
         targets: (in, out) features of every linear that a style may change, by module path.
     """
 
@@ -107,7 +108,7 @@ class StyleSlots:
             max_rank: rank of a slot.
             ignored: modules that a style's file may change without effect, as in `other_targets`.
         """
-        self._slots = slots
+        self.count = slots
         self._max_rank = max_rank
         self._ignored = ignored
         # Strengths reach 4; of the dtypes that banks have, only float16 is narrow enough to care.
@@ -166,7 +167,7 @@ class StyleSlots:
     def residency(self) -> tuple[ResidentStyle, ...]:
         """What is in the slots, least recently used first."""
         banks = [bank for pair in self._banks.values() for bank in pair]
-        size = sum(bank.nbytes for bank in banks) // (self._slots + 1)
+        size = sum(bank.nbytes for bank in banks) // (self.count + 1)
         return tuple(ResidentStyle(slot, tuple(name for name, _ in key), size) for key, slot in self._resident.items())
 
     def dress(self, rows: list[Worn]) -> None:
@@ -183,13 +184,13 @@ class StyleSlots:
     def _next_slot(self) -> tuple[int, _Key | None]:
         """The slot to write next, and what is resident there."""
         taken = set(self._resident.values())
-        for slot in range(1, self._slots + 1):
+        for slot in range(1, self.count + 1):
             if slot not in taken:
                 return slot, None
         for key, slot in self._resident.items():  # least recently used first
             if not self._users[slot]:
                 return slot, key
-        raise NoFreeSlot(f"no style slot is free: {self._slots} of {self._slots} are worn by running clips")
+        raise NoFreeSlot(f"no style slot is free: {self.count} of {self.count} are worn by running clips")
 
     def _reachable(self, name: str, factors: Factors) -> Factors:
         """Those factors of a style that the slots serve, checked against the layers they are for."""
