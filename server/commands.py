@@ -83,8 +83,12 @@ def bench(
     plan_only: Annotated[
         bool, typer.Option("--plan-only", help="tokens: planning alone, at --size and --frames; runs no model")
     ] = False,
-    size: Annotated[str, typer.Option(help="tokens --plan-only: WIDTHxHEIGHT in pixels")] = "3840x2160",
-    frames: Annotated[int, typer.Option(help="tokens --plan-only: frames of the clip, 4k + 1")] = 81,
+    size: Annotated[
+        str | None, typer.Option(help="tokens --plan-only: WIDTHxHEIGHT in pixels [default: 3840x2160]")
+    ] = None,
+    frames: Annotated[
+        int | None, typer.Option(help="tokens --plan-only: frames of the clip, 4k + 1 [default: 81]")
+    ] = None,
     lpips_weights: Annotated[
         Path | None, typer.Option(help="tokens: AlexNet and LPIPS's heads in one safetensors file")
     ] = None,
@@ -97,9 +101,11 @@ def bench(
         _refuse_bench(f"no benchmark {name!r}; there are: {', '.join(BENCHES)}")
     if (plan_only or lpips_weights) and name != "tokens":
         _refuse_bench(f"--plan-only and --lpips-weights belong to the benchmark tokens, not to {name}")
+    if not plan_only and (size is not None or frames is not None):
+        _refuse_bench("--size and --frames go with --plan-only; the benchmarks themselves have fixed work")
     try:
         if plan_only:
-            report = _bench_plans(size, frames, quick, out)
+            report = _bench_plans(size or "3840x2160", 81 if frames is None else frames, quick, out)
         elif lpips_weights:
             report = _bench_with_lpips(quick, out, lpips_weights)
         else:

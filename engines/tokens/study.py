@@ -2,7 +2,8 @@
 
 Every method gets the same model, threads, dtype, seed, image, caption and number of base steps. Rivals at equal tokens
 spend CAT's budget in every step; rivals at equal time get the setting whose time is nearest to CAT's but not below it.
-Time is that of denoising, planning included; what progressive resolution encodes besides is not held against it.
+Time is that of denoising, planning included; what progressive resolution encodes besides is not held against it. The
+time of a rival at equal tokens means nothing: it takes its budgets from CAT's plans, which are made too.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class StudyWork:
         wide_ratio: keep ratio at which every rival runs, and the only one in noise; at the others those that no check
             names stay away.
         pairs: of single steps, for their times.
-        minutes: after which no further cell begins; cells that are left out are named.
+        minutes: in which all cells that are begun should end; the first always is. Cells that are left out are named.
     """
 
     model: str = "wan-tiny"
@@ -266,7 +267,7 @@ def study(
     slowest = 0.0
     for index, (cell, plan) in enumerate(zip(cells, plans, strict=True)):
         began = time.monotonic()
-        if began + slowest > deadline:
+        if index > 0 and began + slowest > deadline:
             return Study(tuple(cells[:index]), tuple(outcomes), steps, auto, tuple(cell.name for cell in cells[index:]))
         start = _begin(parts, work, cell)
         uniform = Method("uniform", f"{work.steps} steps", lambda grid, steps: Uniform(), work.steps, work.side)

@@ -55,7 +55,7 @@ def bench_tokens(quick: bool, out: Path | None, lpips_weights: Path | None = Non
             open_kinds=("roam",),
             noise=False,
             pairs=7,
-            minutes=0.7,
+            minutes=1.3,
         )
     planning = plan_seconds(UHD, 3 if quick else 15)
     with training_bar("clips", 0, work.clips) as move:
