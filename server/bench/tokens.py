@@ -160,7 +160,8 @@ def _gain_check(name: str, values: Iterable[float]) -> dict[str, Check]:
         return {}
     mean = bootstrap_mean(listed)
     low, high = (mean.value if end is None else end for end in (mean.low, mean.high))
-    return {name: Check(low, _GAIN_GOAL, low > 0.0, (low, high))}
+    known = mean.low is not None  # a single cell tells nothing of the others
+    return {name: Check(low, _GAIN_GOAL, known and low > 0.0, (low, high))}
 
 
 def _losses(found: Study) -> list[float]:
