@@ -160,7 +160,7 @@ class EngineCore:
         latent_shape = (1, model.vae.config.z_dim, *condition.shape[2:])
         grid = self._denoiser.grid(*latent_shape[2:])
         scheduler = model.new_scheduler(shot.steps, shot.shift)
-        notes = (outfit.note,) if outfit.note else ()
+        notes: tuple[str, ...] = (outfit.note,) if outfit.note else ()
         if stages.prompt_is_truncated(model, shot.prompt):
             notes += (f"prompt: cut after {stages.TEXT_TOKENS} tokens, which is all that the text encoder reads",)
         self._requests[shot.job_id] = _Request(

@@ -8,11 +8,14 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from cinecat.server.settings import Settings, SettingsError, load_settings
+
+if TYPE_CHECKING:
+    from cinecat.server.bench.harness import Report
 
 
 def _serve(
@@ -77,23 +80,40 @@ def bench(
     quick: Annotated[bool, typer.Option(help="within two minutes, with a wider spread")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")] = False,
     out: Annotated[Path | None, typer.Option(help="folder for CSV files and plots")] = None,
+    plan_only: Annotated[
+        bool, typer.Option("--plan-only", help="tokens: planning alone, at --size and --frames; runs no model")
+    ] = False,
+    size: Annotated[
+        str | None, typer.Option(help="tokens --plan-only: WIDTHxHEIGHT in pixels [default: 3840x2160]")
+    ] = None,
+    frames: Annotated[
+        int | None, typer.Option(help="tokens --plan-only: frames of the clip, 4k + 1 [default: 81]")
+    ] = None,
+    lpips_weights: Annotated[
+        Path | None, typer.Option(help="tokens: AlexNet and LPIPS's heads in one safetensors file")
+    ] = None,
 ) -> None:
     """Measure Cinecat against its rivals, side by side in one run."""
     from cinecat.server.bench import BENCHES
     from cinecat.server.bench.harness import as_text
 
     if name not in BENCHES:
-        print(f"cinecat bench: no benchmark {name!r}; there are: {', '.join(BENCHES)}", file=sys.stderr)
-        raise typer.Exit(2)
+        _refuse_bench(f"no benchmark {name!r}; there are: {', '.join(BENCHES)}")
+    if (plan_only or lpips_weights) and name != "tokens":
+        _refuse_bench(f"--plan-only and --lpips-weights belong to the benchmark tokens, not to {name}")
+    if not plan_only and (size is not None or frames is not None):
+        _refuse_bench("--size and --frames go with --plan-only; the benchmarks themselves have fixed work")
     try:
-        report = BENCHES[name](quick, out)
+        if plan_only:
+            report = _bench_plans(size or "3840x2160", 81 if frames is None else frames, quick, out)
+        elif lpips_weights:
+            report = _bench_with_lpips(quick, out, lpips_weights)
+        else:
+            report = BENCHES[name](quick, out)
     except ModuleNotFoundError as error:
         if (error.name or "cinecat").partition(".")[0] == "cinecat":
             raise
-        print(
-            f"cinecat bench: {error.name} is missing; install the extra: pip install 'cinecat[bench]'", file=sys.stderr
-        )
-        raise typer.Exit(2) from error
+        _refuse_bench(f"{error.name} is missing; install the extra: pip install 'cinecat[bench]'")
     print(json.dumps(report.as_json()) if as_json else as_text(report))
     if not all(check.met for check in report.checks.values()):
         raise typer.Exit(1)
@@ -138,3 +158,31 @@ def plan(
         print(f"cinecat plan: {error}", file=sys.stderr)
         raise typer.Exit(2) from error
     print(json.dumps(summary.as_json()) if as_json else summary.as_text())
+
+
+def _bench_plans(size: str, frames: int, quick: bool, out: Path | None) -> Report:
+    from cinecat.server.bench.token_plans import bench_plans
+
+    try:
+        width, height = (int(side) for side in size.lower().split("x"))
+    except ValueError:
+        _refuse_bench(f"--size: {size!r} is not WIDTHxHEIGHT, such as 3840x2160")
+    try:
+        return bench_plans(width, height, frames, quick, out)
+    except ValueError as error:
+        _refuse_bench(f"--{error}")
+
+
+def _bench_with_lpips(quick: bool, out: Path | None, weights: Path) -> Report:
+    from cinecat.engines.quality.weights import WeightsError
+    from cinecat.server.bench.tokens import bench_tokens
+
+    try:
+        return bench_tokens(quick, out, weights)
+    except WeightsError as error:
+        _refuse_bench(f"--lpips-weights: {error}")
+
+
+def _refuse_bench(message: str) -> NoReturn:
+    print(f"cinecat bench: {message}", file=sys.stderr)
+    raise typer.Exit(2)

@@ -26,6 +26,8 @@ _AXES = (4, 2, 1)
 
 _ORDERS = tuple(itertools.permutations(range(3)))
 _PLACES = 8
+_CPU_CHUNK = 2048
+"""Regions at once."""
 
 
 @dataclass(frozen=True)
@@ -82,14 +84,21 @@ class Regions:
         Args:
             values: float32 [grid.count, channels].
         """
-        padded = torch.cat([values, values.new_zeros(1, values.shape[1])])
-        inside = self.patches < self.grid.count
-        content = padded[self.patches]
+        # A CPU is four times as fast on parts that stay in its cache; a GPU wants few launches.
+        size = _CPU_CHUNK if values.device.type == "cpu" else len(self.patches)
+        parts = zip(torch.split(self.patches, size), torch.split(self.counts, size), strict=True)
+        return torch.cat([self._distortions(values, patches, counts) for patches, counts in parts])
+
+    def _distortions(self, values: Tensor, patches: Tensor, counts: Tensor) -> Tensor:
+        """`distortions` of some regions, whose rows of `patches` and `counts` are given."""
+        inside = patches < self.grid.count
+        content = values[patches.clamp(max=self.grid.count - 1)] * inside[..., None]
         # About the region's mean the products are small where the content is flat, and keep their digits.
-        content = (content - content.sum(dim=1, keepdim=True) / inside.sum(dim=1).view(-1, 1, 1)) * inside[..., None]
+        content -= content.sum(dim=1, keepdim=True) / inside.sum(dim=1).view(-1, 1, 1)
+        content *= inside[..., None]
         products = torch.bmm(content, content.mT).flatten(1)
         energy = products[:, :: _PLACES + 1].sum(dim=1, keepdim=True)
-        explained = products @ _same_token(values.device.type) * self.counts / self.counts[:, -1:]
+        explained = products @ _same_token(values.device.type) * counts / counts[:, -1:]
         return (energy - explained).clamp(min=0.0)
 
 

@@ -8,10 +8,12 @@ from cinecat.server.bench.model import bench_model
 from cinecat.server.bench.rank import bench_rank
 from cinecat.server.bench.serve import bench_serve
 from cinecat.server.bench.styles import bench_styles
+from cinecat.server.bench.tokens import bench_tokens
 
 BENCHES: Mapping[str, Callable[[bool, Path | None], Report]] = {
     "serve": bench_serve,
     "model": bench_model,
     "rank": bench_rank,
     "styles": bench_styles,
+    "tokens": bench_tokens,
 }

@@ -21,7 +21,7 @@ class Check:
     """A measured value against its goal.
 
     Attributes:
-        goal: "<= 1.05", "< 35" or ">= 0.5", or "" for a value that is only reported.
+        goal: "<= 1.05", "< 35", "> 0" or ">= 0.5", or "" for a value that is only reported.
         spread: lower and upper quartile over the samples; of a share, its 95% interval.
     """
 
@@ -102,7 +102,12 @@ def _meets(value: float, goal: str) -> bool:
     if not goal:
         return True
     relation, _, bound = goal.partition(" ")
-    compare: Callable[[float, float], bool] = {"<=": operator.le, ">=": operator.ge, "<": operator.lt}[relation]
+    compare: Callable[[float, float], bool] = {
+        "<=": operator.le,
+        ">=": operator.ge,
+        "<": operator.lt,
+        ">": operator.gt,
+    }[relation]
     return compare(value, float(bound))
 
 

@@ -1,0 +1,283 @@
+"""`cinecat bench tokens`: content-adaptive tokens against uniform ones, and against what else saves as much.
+
+Quality is that of the decoded clips: against the uniform result of the same seed, and against the film.
+"""
+
+from __future__ import annotations
+
+import csv
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cinecat.engines.quality.intervals import bootstrap_mean
+from cinecat.server.bench.harness import Check, Report, mean_check, ratio_check
+from cinecat.server.bench.token_plans import UHD, plan_check, plan_seconds
+
+if TYPE_CHECKING:
+    from cinecat.engines.tokens.study import Cell, Outcome, Study
+
+EQUAL_TOKENS = ("fixed", "random", "similarity", "static_clusters")
+"""Rivals that spend as many tokens, as the engines name them."""
+
+CACHES = ("step_cache", "step_cache_early")
+"""Two rivals, of which the better one at each keep ratio is compared."""
+
+_STEP_GOALS = {"step_ratio_keep_050": 0.6, "step_ratio_keep_025": 0.4}
+_LOSS_GOAL, _GAIN_GOAL, _AUTO_GOAL = "< 1", "> 0", "<= 0.4"
+_LOSS_RATIO = 0.5
+
+
+def bench_tokens(quick: bool, out: Path | None, lpips_weights: Path | None = None) -> Report:
+    """Runs the benchmark; with `out`, writes its samples and tables there as CSV, and a plot.
+
+    Args:
+        lpips_weights: adds LPIPS, from one file with AlexNet and the linear heads.
+
+    Raises:
+        WeightsError: the weights cannot be used.
+    """
+    import torch
+
+    from cinecat.engines.tokens.study import StudyWork, study
+    from cinecat.engines.training.progress import training_bar
+
+    work = StudyWork()
+    if quick:
+        work = StudyWork(
+            side=128,
+            steps=8,
+            keep_ratios=(0.5,),
+            textures=(0.0, 1.0),
+            motions=(0.0, 1.0),
+            open_kinds=("roam",),
+            noise=False,
+            pairs=7,
+            minutes=1.3,
+        )
+    planning = plan_seconds(UHD, 3 if quick else 15)
+    with training_bar("clips", 0, work.clips) as move:
+        found = study(work, lpips_weights, lambda done: move(done, ""))
+    config = {
+        **asdict(work),
+        "threads": torch.get_num_threads(),
+        "dtype": "float32",
+        "cells_left_out": list(found.left_out),
+        "lpips": str(lpips_weights) if lpips_weights else "needs --lpips-weights",
+    }
+    report = report_of(found, planning, config)
+    if out is not None:
+        report.write_csv(out)
+        write_outcomes(found, out / "tokens-clips.csv")
+        draw(found, out / "tokens.png")
+    return report
+
+
+def report_of(found: Study, planning: Mapping[str, Sequence[float]], config: dict[str, Any]) -> Report:
+    """What was measured, judged.
+
+    Args:
+        planning: seconds of planning a step at UHD, by part, as `plan_seconds` gives them.
+    """
+    samples: dict[str, Sequence[float]] = {f"{name}_s": values for name, values in found.step_seconds.items()}
+    samples |= {f"plan_4k_{name}_s": values for name, values in planning.items()}
+    for rival in rivals_of(found):
+        values = list(gains(found, rival, "psnr_uniform").values())
+        if values:
+            samples[f"psnr_gain_vs_{rival}_db"] = values
+    return Report(
+        bench="tokens",
+        config=config,
+        samples=samples,
+        results=[*summary(found), *gain_rows(found)],
+        checks=checks_of(found, planning),
+    )
+
+
+def checks_of(found: Study, planning: Mapping[str, Sequence[float]]) -> dict[str, Check]:
+    """The checks that the design names, and the gains over the rivals that it does not."""
+    steps = found.step_seconds
+    checks = {
+        name: ratio_check(steps[name.removeprefix("step_ratio_")], steps["uniform"], goal)
+        for name, goal in _STEP_GOALS.items()
+    }
+    losses = _losses(found)
+    if losses:
+        checks["redundant_psnr_loss_db"] = mean_check(losses, _LOSS_GOAL)
+    for rival in rivals_of(found):
+        checks |= _gain_check(f"psnr_gain_vs_{rival}_db", gains(found, rival, "psnr_uniform").values())
+    inside = gains(found, "fixed", "object_psnr_uniform").values()
+    checks |= _gain_check("object_psnr_gain_vs_fixed_db", inside)
+    auto = _auto_ratio(found)
+    if auto is not None:
+        checks["auto_keep_ratio_still_over_fast"] = auto
+    return checks | {"plan_seconds_4k": plan_check(planning["step"])}
+
+
+def rivals_of(found: Study) -> list[str]:
+    """The rivals that were run, with both kinds of step cache as one."""
+    ran = dict.fromkeys(outcome.method for outcome in found.outcomes)
+    names = ["step_cache" if name in CACHES else name for name in ran if name not in ("uniform", "cat")]
+    return list(dict.fromkeys(names))
+
+
+def gains(found: Study, rival: str, metric: str) -> dict[str, float]:
+    """CAT's score less the rival's, by cell, the mean over keep ratios; cells that do not count are left out."""
+    counted = {cell.name for cell in found.cells if cell.counts}
+    table = _scores(found, metric)
+    by_cell: dict[str, list[float]] = {}
+    for ratio in sorted({outcome.keep_ratio for outcome in found.outcomes}):
+        name = _best_cache(table, ratio, counted) if rival == "step_cache" else rival
+        for cell in counted:
+            ours, theirs = table.get((cell, ratio, "cat")), table.get((cell, ratio, name))
+            if ours is not None and theirs is not None:
+                by_cell.setdefault(cell, []).append(ours - theirs)
+    return {cell: statistics.fmean(by_cell[cell]) for cell in sorted(by_cell)}
+
+
+def _best_cache(table: Mapping[tuple[str, float, str], float], ratio: float, counted: Iterable[str]) -> str:
+    def mean(name: str) -> float:
+        values = [table[cell, ratio, name] for cell in counted if (cell, ratio, name) in table]
+        return statistics.fmean(values) if values else float("-inf")
+
+    return max(CACHES, key=mean)
+
+
+def _scores(found: Study, metric: str) -> dict[tuple[str, float, str], float]:
+    return {
+        (outcome.cell, outcome.keep_ratio, outcome.method): outcome.scores[metric]
+        for outcome in found.outcomes
+        if metric in outcome.scores
+    }
+
+
+def _gain_check(name: str, values: Iterable[float]) -> dict[str, Check]:
+    """The lower end of the 95% interval of the mean gain over cells, with the interval as its spread."""
+    listed = list(values)
+    if not listed:
+        return {}
+    mean = bootstrap_mean(listed)
+    low, high = (mean.value if end is None else end for end in (mean.low, mean.high))
+    known = mean.low is not None  # a single cell tells nothing of the others
+    return {name: Check(low, _GAIN_GOAL, known and low > 0.0, (low, high))}
+
+
+def _losses(found: Study) -> list[float]:
+    """Decibels that CAT is farther from the film than the uniform result is, in cells of high redundancy."""
+    table = _scores(found, "psnr_film")
+    return [
+        table[cell.name, 1.0, "uniform"] - table[cell.name, _LOSS_RATIO, "cat"]
+        for cell in found.cells
+        if cell.redundant and (cell.name, _LOSS_RATIO, "cat") in table
+    ]
+
+
+def _auto_ratio(found: Study) -> Check | None:
+    """The automatic keep ratio of the flat still film over that of the fast textured one."""
+    known = [cell for cell in found.cells if cell.texture is not None and cell.motion is not None]
+
+    def extent(cell: Cell) -> float:
+        return (cell.texture or 0.0) + (cell.motion or 0.0)
+
+    if len(known) < 2:
+        return None
+    still, fast = min(known, key=extent), max(known, key=extent)
+    return mean_check([found.auto_ratios[still.name] / found.auto_ratios[fast.name]], _AUTO_GOAL)
+
+
+def summary(found: Study) -> list[dict[str, Any]]:
+    """A row a keep ratio and method: means over cells that count."""
+    counted = {cell.name for cell in found.cells if cell.counts}
+    groups: dict[tuple[float, str], list[Outcome]] = {}
+    for outcome in found.outcomes:
+        if outcome.cell in counted:
+            groups.setdefault((outcome.keep_ratio, outcome.method), []).append(outcome)
+    uniform = {outcome.cell: outcome.seconds for outcome in found.outcomes if outcome.method == "uniform"}
+    rows = []
+    for (ratio, method), some in sorted(groups.items(), key=lambda item: -item[0][0]):
+        names = sorted({name for outcome in some for name in outcome.scores} - {"film_flicker"})
+        rows.append(
+            {
+                "keep_ratio": ratio,
+                "method": method,
+                "setting": some[0].setting,
+                "clips": len(some),
+                "tokens": statistics.fmean(outcome.tokens for outcome in some),
+                "time_over_uniform": statistics.median(outcome.seconds / uniform[outcome.cell] for outcome in some),
+                "clips_per_minute": 60.0 / statistics.fmean(outcome.clip_seconds for outcome in some),
+                **{name: _mean(outcome.scores.get(name) for outcome in some) for name in names},
+            }
+        )
+    return rows
+
+
+def gain_rows(found: Study) -> list[dict[str, Any]]:
+    """CAT's mean gain over each rival in PSNR to the uniform result, with its interval; below 0 where CAT loses."""
+    rows = []
+    for rival in rivals_of(found):
+        listed = list(gains(found, rival, "psnr_uniform").values())
+        if listed:
+            mean = bootstrap_mean(listed)
+            verdict = "wins" if (mean.low or 0.0) > 0.0 else "loses" if (mean.high or 0.0) < 0.0 else "undecided"
+            rows.append(
+                {
+                    "cat_against": rival,
+                    "gain_db": mean.value,
+                    "low": mean.low,
+                    "high": mean.high,
+                    "cells": len(listed),
+                    "cells_won": sum(value > 0.0 for value in listed),
+                    "cat": verdict,
+                }
+            )
+    return rows
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None
+
+
+def write_outcomes(found: Study, path: Path) -> None:
+    """One row a clip. Raises OSError where it cannot be written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    names = list(dict.fromkeys(name for outcome in found.outcomes for name in outcome.scores))
+    fields = ["cell", "keep_ratio", "method", "setting", "tokens", "seconds", "clip_seconds"]
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow([*fields, *names])
+        for outcome in found.outcomes:
+            scores = [outcome.scores.get(name, "") for name in names]
+            writer.writerow([*(getattr(outcome, name) for name in fields), *scores])
+
+
+def draw(found: Study, path: Path) -> None:
+    """Quality over time of every method, and CAT's quality in every cell, as PNG."""
+    from matplotlib.figure import Figure
+
+    rows = [row for row in summary(found) if row["method"] != "uniform"]
+    figure = Figure(figsize=(16, 4.6), layout="constrained")
+    panels = (("psnr_uniform", "PSNR to the uniform result, dB"), ("psnr_film", "PSNR to the film, dB"))
+    over_time, to_film, cells = figure.subplots(1, 3)
+    for axes, (metric, title) in zip((over_time, to_film), panels, strict=True):
+        for method in dict.fromkeys(row["method"] for row in rows):
+            some = sorted((row for row in rows if row["method"] == method), key=lambda row: row["time_over_uniform"])
+            style = "-" if method not in EQUAL_TOKENS else ":"
+            width = 2.6 if method == "cat" else 1.2
+            points = [(row["time_over_uniform"], row[metric]) for row in some]
+            axes.plot(*zip(*points, strict=True), style, marker="o", linewidth=width, label=method)
+        axes.set_xlabel("time of denoising over the uniform path's")
+        axes.set_title(title)
+    over_time.legend(fontsize="small")
+    table = _scores(found, "psnr_uniform")
+    names = [cell.name for cell in found.cells]
+    for ratio in sorted({outcome.keep_ratio for outcome in found.outcomes} - {1.0}):
+        values = [table.get((name, ratio, "cat"), float("nan")) for name in names]
+        cells.plot(range(len(names)), values, marker="o", label=f"keep ratio {ratio:g}")
+    cells.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize="small")
+    cells.set_title("CAT by cell, PSNR to the uniform result, dB")
+    cells.legend(fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
