@@ -22,29 +22,40 @@ from cinecat.engines import stages
 from cinecat.engines.checkpoint import find_checkpoint
 from cinecat.engines.denoise import Branch, Denoiser, Merged, TorchBlocks
 from cinecat.engines.model import WanModel, load_model, synchronize
-from cinecat.engines.slots import NO_STYLE, StyleSlots
+from cinecat.engines.slots import NO_STYLE, StyleSlots, Worn
 from cinecat.engines.tokens import path
 from cinecat.engines.tokens.adaptive import AdaptiveTokens
 from cinecat.engines.tokens.grid import Grid
 from cinecat.engines.tokens.plan import TokenPlan
 from cinecat.engines.tokens.rivals import Partition
+from cinecat.engines.wardrobe import CatAdapter, Wardrobe
 
 Frames = NDArray[np.uint8]
+
+_RANK = 32
+"""Of the slot, as servers have it by default."""
 
 
 @dataclass(frozen=True)
 class Parts:
-    """A loaded model and its denoiser, without requests."""
+    """A loaded model and its denoiser, without requests.
+
+    Attributes:
+        adapter: what steps with merged tokens wear; nothing where the model has no CAT adapter.
+    """
 
     model: WanModel
     denoiser: Denoiser
+    adapter: Worn = NO_STYLE
 
     @classmethod
     def load(cls, name: str, device: str = "cpu", dtype: str = "float32") -> Parts:
-        """Loads a model with one style slot, which nobody wears; arguments and errors as `load_model`."""
-        model = load_model(find_checkpoint(name), device, dtype)
-        slots = StyleSlots(model.transformer.blocks, 1, 1, model.dtype)
-        return cls(model, Denoiser(model.transformer, TorchBlocks(model.transformer, slots)))
+        """Loads a model, and its CAT adapter into the only slot; arguments and errors as `load_model`."""
+        checkpoint = find_checkpoint(name)
+        model = load_model(checkpoint, device, dtype)
+        slots = StyleSlots(model.transformer.blocks, 1, _RANK, model.dtype)
+        outfit = Wardrobe(slots, 0, CatAdapter.beside(checkpoint.folder)).dress((), merging=True)
+        return cls(model, Denoiser(model.transformer, TorchBlocks(model.transformer, slots)), outfit.merged)
 
 
 @dataclass(frozen=True)
@@ -110,10 +121,12 @@ class Forward:
     Attributes:
         plan: of the tokens; None gives each patch its own.
         coarse: at half the width and height. Steps that do come before all others.
+        adapted: whether merged tokens wear the model's adapter.
     """
 
     plan: TokenPlan | None = None
     coarse: bool = False
+    adapted: bool = False
 
 
 @dataclass(frozen=True)
@@ -169,7 +182,8 @@ def sample(parts: Parts, start: Start, steps: int, policy: Policy) -> Sampled:
             condition = start.coarse if decision.coarse else start.condition
             if condition is None:
                 raise ValueError("frames: their sides are no multiples of two patches, so they have no half size")
-            velocity = _velocity(parts, start, latents, condition, timestep, merged)
+            worn = parts.adapter if merged and decision.adapted else NO_STYLE
+            velocity = _velocity(parts, start, latents, condition, timestep, worn, merged)
             tokens = merged.plan.tokens if merged else latents[0, 0].numel() // path.PATCH**2
         clean = latents - sigma * velocity
         policy.observe(latents, velocity, sigma, tokens)
@@ -180,9 +194,15 @@ def sample(parts: Parts, start: Start, steps: int, policy: Policy) -> Sampled:
 
 
 def _velocity(
-    parts: Parts, start: Start, latents: Tensor, condition: Tensor, timestep: Tensor, merged: Merged | None
+    parts: Parts,
+    start: Start,
+    latents: Tensor,
+    condition: Tensor,
+    timestep: Tensor,
+    worn: Worn,
+    merged: Merged | None,
 ) -> Tensor:
-    found = parts.denoiser.velocities(latents, condition, timestep, start.branches, NO_STYLE, merged)
+    found = parts.denoiser.velocities(latents, condition, timestep, start.branches, worn, merged)
     if len(found) == 1:
         return found[0]
     return found[1] + start.guidance_scale * (found[0] - found[1])
@@ -212,17 +232,24 @@ class Uniform:
 
 @dataclass
 class ContentAdaptive:
-    """CAT, as requests get it; `partition` puts another partition of as many tokens in the place of ours."""
+    """CAT, as requests get it.
+
+    Attributes:
+        partition: puts another partition of as many tokens in the place of ours.
+        adapted: whether merged tokens wear the model's adapter, where it has one.
+    """
 
     tokens: AdaptiveTokens
     partition: Partition | None = None
+    adapted: bool = True
 
     def decide(self, step: int, sigma: float) -> Forward | Reuse:
         plan = self.tokens.plan()
         if plan is None or self.partition is None:
-            return Forward(plan)
+            return Forward(plan, adapted=self.adapted)
         assert self.tokens.prediction is not None  # there is a plan of it
-        return Forward(self.partition(plan.grid, path.to_patches(self.tokens.prediction)[0], plan.tokens))
+        other = self.partition(plan.grid, path.to_patches(self.tokens.prediction)[0], plan.tokens)
+        return Forward(other, adapted=self.adapted)
 
     def observe(self, latents: Tensor, velocity: Tensor, sigma: float, tokens: int) -> None:
         self.tokens.observe(latents, velocity, sigma, tokens)
@@ -349,6 +376,6 @@ PolicyOf = Callable[[Grid, int], Policy]
 """Makes the policy of one clip from its grid and its steps."""
 
 
-def adaptive(keep_ratio: float, partition: Partition | None = None) -> PolicyOf:
+def adaptive(keep_ratio: float, partition: Partition | None = None, adapted: bool = True) -> PolicyOf:
     """CAT at a keep ratio, or a rival partition at its budgets."""
-    return lambda grid, steps: ContentAdaptive(AdaptiveTokens(grid, steps, keep_ratio), partition)
+    return lambda grid, steps: ContentAdaptive(AdaptiveTokens(grid, steps, keep_ratio), partition, adapted)

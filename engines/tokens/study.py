@@ -50,6 +50,9 @@ from cinecat.engines.training.scenes import OPEN_KINDS
 
 Frames = NDArray[np.uint8]
 
+PLAIN_CAT = "cat_plain"
+"""CAT without the model's adapter, where it has one. All that merges otherwise wears it."""
+
 EQUAL_TIME = ("fewer_steps", "step_cache", "step_cache_early", "smaller", "progressive")
 """Rivals at equal time, by name."""
 
@@ -95,7 +98,7 @@ class StudyWork:
     @property
     def clips(self) -> int:
         """How many are made at most."""
-        everyone = 1 + len(EQUAL_TOKENS) + len(EQUAL_TIME)
+        everyone = 2 + len(EQUAL_TOKENS) + len(EQUAL_TIME)
         methods = [everyone - (0 if ratio == self.wide_ratio else len(_ONLY_WIDE)) for ratio in self.keep_ratios]
         cells = len(self.textures) * len(self.motions) + len(self.open_kinds)
         return cells * (1 + sum(methods)) + (1 + everyone if self.noise else 0)
@@ -257,7 +260,8 @@ def study(
         ratio: [
             method
             for method in methods_at(work, ratio, costs.of_run(run.tokens, first.grid.count) / work.steps, costs)
-            if ratio == work.wide_ratio or method.name not in _ONLY_WIDE
+            if (ratio == work.wide_ratio or method.name not in _ONLY_WIDE)
+            and (method.name != PLAIN_CAT or parts.adapter != NO_STYLE)
         ]
         for ratio, run in runs.items()
     }
@@ -335,6 +339,7 @@ def methods_at(work: StudyWork, ratio: float, cost: float, costs: Costs) -> Iter
 
     steps = work.steps
     yield whole("cat", f"keep ratio {ratio:g}", adaptive(ratio))
+    yield whole(PLAIN_CAT, f"keep ratio {ratio:g}, without the adapter", adaptive(ratio, adapted=False))
     for name, partition in EQUAL_TOKENS.items():
         yield whole(name, f"keep ratio {ratio:g}", adaptive(ratio, partition))
     runs = min(steps, math.ceil(steps * cost - 1e-9))
@@ -380,7 +385,8 @@ def time_steps(
             prices = Prices.of(regions, path.to_patches(clean)[0], FIRST_FRAME_WEIGHT)
             plan = prices.allocate(max(prices.least, tokens))
             together = Merged(plan, clean)
-            return parts.denoiser.velocities(start.noise, start.condition, timestep, start.branches, NO_STYLE, together)
+            worn = parts.adapter
+            return parts.denoiser.velocities(start.noise, start.condition, timestep, start.branches, worn, together)
 
         return step
 

@@ -25,6 +25,11 @@ EQUAL_TOKENS = ("fixed", "random", "similarity", "static_clusters")
 CACHES = ("step_cache", "step_cache_early")
 """Two rivals, of which the better one at each keep ratio is compared."""
 
+PLAIN_CAT = "cat_plain"
+"""CAT without its adapter, as the engines name it."""
+
+_ADAPTER_GOAL = ">= 2"
+_ADAPTER_RATIOS = (0.375, 0.5)
 _STEP_GOALS = {"step_ratio_keep_050": 0.6, "step_ratio_keep_025": 0.4}
 _LOSS_GOAL, _GAIN_GOAL, _AUTO_GOAL = "< 1", "> 0", "<= 0.4"
 _LOSS_RATIO = 0.5
@@ -110,16 +115,34 @@ def checks_of(found: Study, planning: Mapping[str, Sequence[float]]) -> dict[str
         checks |= _gain_check(f"psnr_gain_vs_{rival}_db", gains(found, rival, "psnr_uniform").values())
     inside = gains(found, "fixed", "object_psnr_uniform").values()
     checks |= _gain_check("object_psnr_gain_vs_fixed_db", inside)
+    adapter = _adapter_gains(found)
+    if adapter:
+        checks["adapter_psnr_gain_db"] = mean_check(adapter, _ADAPTER_GOAL)
     auto = _auto_ratio(found)
     if auto is not None:
         checks["auto_keep_ratio_still_over_fast"] = auto
     return checks | {"plan_seconds_4k": plan_check(planning["step"])}
 
 
+def _adapter_gains(found: Study) -> list[float]:
+    """What the adapter adds to CAT's PSNR to the uniform result, by cell, at the keep ratio where it adds least."""
+    table = _scores(found, "psnr_uniform")
+    counted = [cell.name for cell in found.cells if cell.counts]
+    by_ratio = [
+        [
+            table[cell, ratio, "cat"] - table[cell, ratio, PLAIN_CAT]
+            for cell in counted
+            if (cell, ratio, PLAIN_CAT) in table
+        ]
+        for ratio in _ADAPTER_RATIOS
+    ]
+    return min((gains for gains in by_ratio if gains), key=statistics.fmean, default=[])
+
+
 def rivals_of(found: Study) -> list[str]:
     """The rivals that were run, with both kinds of step cache as one."""
     ran = dict.fromkeys(outcome.method for outcome in found.outcomes)
-    names = ["step_cache" if name in CACHES else name for name in ran if name not in ("uniform", "cat")]
+    names = ["step_cache" if name in CACHES else name for name in ran if name not in ("uniform", "cat", PLAIN_CAT)]
     return list(dict.fromkeys(names))
 
 

@@ -76,6 +76,17 @@ def test_all_checks_of_the_design_are_there_and_can_be_met() -> None:
     assert report.checks["auto_keep_ratio_still_over_fast"].value == pytest.approx(0.25)
 
 
+def test_the_adapter_is_judged_where_it_gains_least() -> None:
+    plain = {**PSNR, "cat_plain": 33.0}
+    least = tuple(
+        outcome("flat", method, psnr, ratio=0.375) for method, psnr in {"cat": 35.0, "cat_plain": 33.5}.items()
+    )
+    report = report_of(replace(made(plain), outcomes=made(plain).outcomes + least), PLANNING, {})
+    assert report.checks["adapter_psnr_gain_db"].value == pytest.approx(1.5)
+    assert not report.checks["adapter_psnr_gain_db"].met
+    assert report_of(made(plain), PLANNING, {}).checks["adapter_psnr_gain_db"].met
+
+
 def test_a_rival_that_is_better_is_named_a_loss() -> None:
     report = report_of(made({**PSNR, "fewer_steps": 40.0}), PLANNING, {})
     assert not report.checks["psnr_gain_vs_fewer_steps_db"].met
