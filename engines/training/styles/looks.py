@@ -11,10 +11,12 @@ from numpy.typing import NDArray
 from cinecat.engines.training.evaluation import follows
 from cinecat.engines.training.film import Clip, render
 from cinecat.engines.training.grades import GRADES
-from cinecat.engines.training.scenes import Kind, Scene, draw_scene
+from cinecat.engines.training.scenes import DIRECTIONS, Kind, Scene, draw_scene
 
 Frames = NDArray[np.uint8]
 
+_START, _END = slice(0, 4), slice(-4, None)
+_LEAST_WAY = 2.0
 _MOST_DRAWS = 20_000
 _LEAST_EFFECT = 2.0
 """Grey levels by which a look must change a shot's statistic for a share of it to mean something."""
@@ -65,6 +67,32 @@ class Look:
     ) -> list[Clip]:
         """The first slides from a seed on that fit and can be judged. Raises ValueError as `draw_films`."""
         return list(draw_films(first_seed, count, ("slide",), frames, side, fits, self.can_be_judged))
+
+
+def moves(clip: Frames, direction: str) -> bool:
+    """Whether what moves in a clip, whatever its colour, goes in a direction, and farther along it than across.
+
+    A pixel's median over time is taken for the wall; where a frame differs from it by at least half as much as any
+    does, something moves. Its centre in the last four frames is compared with that in the first four, and must be two
+    pixels on.
+
+    Args:
+        clip: uint8 [frames, height, width, 3].
+        direction: a key of DIRECTIONS.
+    """
+    frames = clip.astype(np.float32)
+    change = np.abs(frames - np.median(frames, axis=0)).sum(axis=-1)
+    change = np.where(change > 0.5 * change.max(), change, 0.0)
+    mass = change.sum(axis=(1, 2))
+    y, x = np.mgrid[: clip.shape[1], : clip.shape[2]]
+    centres = np.stack([(change * x).sum(axis=(1, 2)), (change * y).sum(axis=(1, 2))], axis=1)
+    first, last = (centres[part][mass[part] > 0] / mass[part][mass[part] > 0, None] for part in (_START, _END))
+    if not len(first) or not len(last):
+        return False
+    way = last.mean(axis=0) - first.mean(axis=0)
+    along = np.array(DIRECTIONS[direction])
+    forward, across = float(way @ along), float(abs(way @ along[::-1]))
+    return forward > _LEAST_WAY and forward > across
 
 
 def draw_films(

@@ -8,7 +8,8 @@ import pytest
 from cinecat.engines.training.evaluation import follows
 from cinecat.engines.training.film import HELD_OUT, make_clip
 from cinecat.engines.training.grades import GRADES
-from cinecat.engines.training.styles.looks import STATISTICS, Look, draw_films
+from cinecat.engines.training.scenes import DIRECTIONS
+from cinecat.engines.training.styles.looks import STATISTICS, Look, draw_films, moves
 
 
 @pytest.mark.parametrize("grade", STATISTICS)
@@ -32,3 +33,16 @@ def test_films_are_judged_where_the_truth_itself_passes() -> None:
 def test_films_that_nothing_fits_are_refused() -> None:
     with pytest.raises(ValueError, match="20000 seeds from 7 hold 0 that fit, 1 are needed"):
         list(draw_films(7, 1, ("slide",), 5, 48, lambda scene: False))
+
+
+@pytest.mark.parametrize("grade", STATISTICS)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_motion_is_seen_in_every_look_and_in_no_other_direction(grade: str, direction: str) -> None:
+    films = Look(grade).judged_films(HELD_OUT, 3, 17, 64, lambda scene: scene.direction == direction)
+    seen = [name for film in films for name in DIRECTIONS if moves(Look(grade).graded(film).frames, name)]
+    assert seen == [direction] * 3
+
+
+def test_nothing_moves_in_a_still_clip() -> None:
+    still = make_clip(3, 17, 48, 48, kind="still").frames
+    assert not any(moves(still, direction) for direction in DIRECTIONS)
