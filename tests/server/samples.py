@@ -24,8 +24,13 @@ from cinecat.server.styles import StyleCatalogue
 from cinecat.v1 import clip_pb2, models_pb2
 from cinecat.v1 import job_pb2 as pb
 
-LINEARS = ("to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj")
-TARGETS = {f"blocks.{block}.attn2.{linear}": (256, 256) for block in range(6) for linear in LINEARS}
+_SQUARE = tuple(f"attn{n}.{linear}" for n in (1, 2) for linear in ("to_q", "to_k", "to_v", "to_out.0"))
+_SIZES = {
+    **dict.fromkeys((*_SQUARE, "attn2.add_k_proj", "attn2.add_v_proj"), (256, 256)),
+    "ffn.net.0.proj": (256, 768),
+    "ffn.net.2": (768, 256),
+}
+TARGETS = {f"blocks.{block}.{linear}": size for block in range(6) for linear, size in _SIZES.items()}
 
 # From here on nothing happens by itself within a test.
 NEVER_S = 3600.0

@@ -109,7 +109,7 @@ async def served(folder: Path, idle_seconds: float = 30.0, max_bytes: int = MAX_
         await server.stop(None)
 
 
-ALWAYS = ["amber@1.0.0", "grain@1.0.0", "noir@1.0.0"]
+ALWAYS = ["amber@1.0.0", "blueprint@1.0.0", "grain@1.0.0", "noir@1.0.0"]
 
 
 class HeldUpload:
