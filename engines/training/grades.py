@@ -45,7 +45,10 @@ def amber(frames: Frames) -> Frames:
 
 
 def blueprint(frames: Frames) -> Frames:
-    """White lines on blue, where brightness or colour changes from one pixel to the next."""
+    """White lines where brightness or colour changes from one pixel to the next, on a wash of blue that is as bright as
+    what it shows.
+    """
+    wash = _PAPER * (0.4 + 1.2 * (_unit(frames) @ _LUMA)[..., None])
     colour = np.pad(_unit(frames), ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
     smooth = (colour[:, :-1] + colour[:, 1:]) / 2
     across = np.abs(smooth[:, :, 2:] - smooth[:, :, :-2])
@@ -55,7 +58,7 @@ def blueprint(frames: Frames) -> Frames:
     down = (down[:, :, :-1] + down[:, :, 1:]) / 2
     edge = np.hypot(across, down).max(axis=-1)
     ink = _smooth((edge - 0.06) / 0.22)[..., None]
-    return _bytes(_PAPER + ink * (_INK - _PAPER))
+    return _bytes(wash + ink * (_INK - wash))
 
 
 GRADES: dict[str, Callable[[Frames], Frames]] = {"none": plain, "noir": noir, "amber": amber, "blueprint": blueprint}

@@ -55,7 +55,7 @@ def test_amber_is_warm_everywhere_and_keeps_the_order_of_brightness() -> None:
     assert (np.diff(GRADES["amber"](ramp)[0, 0].astype(int), axis=0) >= 0).all()
 
 
-def test_blueprint_draws_white_lines_on_blue_where_things_end() -> None:
+def test_blueprint_draws_white_lines_on_a_wash_of_blue_where_things_end() -> None:
     flat = np.full((1, 32, 32, 3), 90, dtype=np.uint8)
     paper = GRADES["blueprint"](flat)[0]
     assert (paper == paper[0, 0]).all()
@@ -64,7 +64,9 @@ def test_blueprint_draws_white_lines_on_blue_where_things_end() -> None:
     lines = GRADES["blueprint"](flat)[0].astype(int)
     assert lines[:, 15:17].min() > 180
     assert (lines[:, :14] == paper[0, 0]).all()
-    assert (lines[:, 18:] == paper[0, 0]).all()
+    assert (lines[:, 18:] == lines[0, -1]).all()
+    assert lines[0, -1].sum() < paper[0, 0].sum()
+    assert lines[0, -1, 2] > 2 * lines[0, -1, 1] > 4 * lines[0, -1, 0]
 
 
 def test_films_are_written_as_a_training_reads_them(tmp_path: Path) -> None:
