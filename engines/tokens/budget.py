@@ -14,8 +14,8 @@ KEEP_RATIOS = (0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 
 PSNR_DB_AT_UNIT_DISTORTION = 30.0
 PSNR_DB_PER_DECADE = 6.0
-"""PSNR of merged clips to the uniform ones at the same seed, over what their plans lose. Guesses until they are fitted to
-`cinecat bench tokens`, one model at a time: a target is a wish, not a promise.
+"""PSNR of merged clips to the uniform ones at the same seed, over what their plans lose. Guesses until they are fitted
+to `cinecat bench tokens`, one model at a time: a target is a wish, not a promise.
 """
 
 
