@@ -14,7 +14,7 @@ from torch import Tensor
 from cinecat.engines import stages
 from cinecat.engines.cache import ContentCache
 from cinecat.engines.checkpoint import Checkpoint
-from cinecat.engines.denoise import Branch, Denoiser, Merged, TorchBlocks
+from cinecat.engines.denoise import Branch, Denoiser, Merged, TorchBlocks, guided
 from cinecat.engines.errors import EngineError
 from cinecat.engines.memory import check_slots_fit, slot_memory
 from cinecat.engines.messages import (
@@ -209,11 +209,10 @@ class EngineCore:
         tokens, merged, worn = request.tokens, None, request.outfit.whole
         if tokens is not None and (plan := tokens.plan()) is not None and tokens.prediction is not None:
             merged, worn = Merged(plan, tokens.prediction), request.outfit.merged
-        velocity, *unguided = self._denoiser.velocities(
+        velocities = self._denoiser.velocities(
             request.latents, request.condition, timestep, request.branches, worn, merged
         )
-        for other in unguided:
-            velocity = other + request.guidance_scale * (velocity - other)
+        velocity = guided(velocities, request.guidance_scale)
         return velocity, request.grid.count if merged is None else merged.plan.tokens
 
     @torch.inference_mode()

@@ -121,6 +121,14 @@ class Branch:
     context: Tensor
 
 
+def guided(velocities: tuple[Tensor, ...], scale: float) -> Tensor:
+    """Classifier-free guidance: of the prompt's velocity and the negative prompt's, or the prompt's alone as it is."""
+    velocity, *unguided = velocities
+    for other in unguided:
+        velocity = other + scale * (velocity - other)
+    return velocity
+
+
 class Denoiser:
     """Predicts velocities. Holds no state of any request."""
 

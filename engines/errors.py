@@ -15,6 +15,10 @@ class ModelError(EngineError):
     """A model that cannot be served; the message names what is missing, or the setting that is wrong."""
 
 
+class SettingError(EngineError):
+    """A setting of a training that is wrong; the message names it and what is allowed."""
+
+
 class OutOfMemory(EngineError):
     """The device or the host has too little memory for the request."""
 

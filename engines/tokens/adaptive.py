@@ -21,6 +21,11 @@ FIRST_FRAME_WEIGHT = 4.0
 """On what merging loses in the first latent frame, which is known and which all others look at."""
 
 
+def price(grid: Grid, clean: Tensor) -> Prices:
+    """Prices clean latents [1, 16, T, H, W], float32, as requests have them priced."""
+    return Prices.of(Regions.of(grid, str(clean.device)), path.to_patches(clean)[0], FIRST_FRAME_WEIGHT)
+
+
 @dataclass
 class AdaptiveTokens:
     """Plans the tokens of a clip's steps from its running clean prediction.
@@ -78,8 +83,7 @@ class AdaptiveTokens:
     def _priced(self, prediction: Tensor) -> Prices:
         """Of the last prediction; the choice of a keep ratio and the plan after it share them."""
         if self._prices is None:
-            regions = Regions.of(self.grid, str(prediction.device))
-            self._prices = Prices.of(regions, path.to_patches(prediction)[0], FIRST_FRAME_WEIGHT)
+            self._prices = price(self.grid, prediction)
         return self._prices
 
     @contextmanager

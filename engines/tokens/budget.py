@@ -21,13 +21,12 @@ to `cinecat bench tokens`, one model at a time: a target is a wish, not a promis
 
 def step_tokens(grid: Grid, steps: int, keep_ratio: float) -> tuple[int, ...]:
     """Tokens of every step of a clip, per row."""
-    rungs = step_rungs(steps, keep_ratio)
-    return tuple(grid.count if rung >= 1.0 else max(grid.least, rung_tokens(grid, rung)) for rung in rungs)
+    return tuple(rung_tokens(grid, rung) for rung in step_rungs(steps, keep_ratio))
 
 
 def least_keep_ratio(grid: Grid) -> float:
     """Of any single step."""
-    return max(grid.least, rung_tokens(grid, LEAST_KEEP_RATIO)) / grid.count
+    return rung_tokens(grid, LEAST_KEEP_RATIO) / grid.count
 
 
 def expected_psnr_db(distortion: float) -> float:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from cinecat.engines import stages
 from cinecat.engines.checkpoint import find_checkpoint
-from cinecat.engines.denoise import Branch, Denoiser, Merged, TorchBlocks
+from cinecat.engines.denoise import Branch, Denoiser, Merged, TorchBlocks, guided
 from cinecat.engines.model import WanModel, load_model, synchronize
 from cinecat.engines.slots import NO_STYLE, StyleSlots, Worn
 from cinecat.engines.tokens import path
@@ -203,9 +203,7 @@ def _velocity(
     merged: Merged | None,
 ) -> Tensor:
     found = parts.denoiser.velocities(latents, condition, timestep, start.branches, worn, merged)
-    if len(found) == 1:
-        return found[0]
-    return found[1] + start.guidance_scale * (found[0] - found[1])
+    return guided(found, start.guidance_scale)
 
 
 @torch.inference_mode()

@@ -16,8 +16,8 @@ LEAST_KEEP_RATIO = 0.125
 
 
 def rung_tokens(grid: Grid, rung: float) -> int:
-    """Tokens of a step at a rung, at most those of the uniform path."""
-    return min(grid.count, math.ceil(grid.count * rung / MULTIPLE) * MULTIPLE)
+    """Tokens of a step at a rung, within what the grid allows."""
+    return min(grid.count, max(grid.least, math.ceil(grid.count * rung / MULTIPLE) * MULTIPLE))
 
 
 def step_rungs(steps: int, keep_ratio: float) -> tuple[float, ...]:

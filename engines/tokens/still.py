@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 from cinecat.engines.messages import VAE_TEMPORAL_STRIDE
 from cinecat.engines.stages import encode_condition
 from cinecat.engines.tokens import path
-from cinecat.engines.tokens.adaptive import FIRST_FRAME_WEIGHT
-from cinecat.engines.tokens.allocation import Prices, Regions
+from cinecat.engines.tokens.adaptive import price
 from cinecat.engines.tokens.budget import least_keep_ratio
 from cinecat.engines.tokens.grid import Grid
 from cinecat.engines.tokens.plan import TokenPlan
@@ -42,5 +41,4 @@ def plan_still(vae: AutoencoderKLWan, image: NDArray[np.uint8], frames: int, kee
     if not least <= keep_ratio <= 1.0:
         allowed = math.ceil(least * 1000) / 1000
         raise ValueError(f"keep_ratio: {keep_ratio:g} is not between {allowed:g} and 1, which is what this size allows")
-    prices = Prices.of(Regions.of(grid, str(still.device)), path.to_patches(still)[0], FIRST_FRAME_WEIGHT)
-    return prices.allocate(max(grid.least, rung_tokens(grid, keep_ratio)))
+    return price(grid, still).allocate(rung_tokens(grid, keep_ratio))

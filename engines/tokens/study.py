@@ -24,9 +24,7 @@ from cinecat.engines.quality.lpips import load_lpips
 from cinecat.engines.quality.pixels import MOST_DECIBELS, psnr, temporal_flicker
 from cinecat.engines.quality.structure import structure
 from cinecat.engines.slots import NO_STYLE
-from cinecat.engines.tokens import path
-from cinecat.engines.tokens.adaptive import FIRST_FRAME_WEIGHT
-from cinecat.engines.tokens.allocation import Prices, Regions
+from cinecat.engines.tokens.adaptive import price
 from cinecat.engines.tokens.rivals import EQUAL_TOKENS
 from cinecat.engines.tokens.samplers import (
     Parts,
@@ -381,9 +379,7 @@ def time_steps(
 
     def merged(tokens: int) -> Callable[[], object]:
         def step() -> object:
-            regions = Regions.of(start.grid, str(clean.device))
-            prices = Prices.of(regions, path.to_patches(clean)[0], FIRST_FRAME_WEIGHT)
-            plan = prices.allocate(max(prices.least, tokens))
+            plan = price(start.grid, clean).allocate(tokens)
             together = Merged(plan, clean)
             worn = parts.adapter
             return parts.denoiser.velocities(start.noise, start.condition, timestep, start.branches, worn, together)
@@ -409,8 +405,7 @@ def time_steps(
 
 def auto_keep_ratio(start: Start, clean: torch.Tensor) -> float:
     """Share of the tokens that are worth having in a clean clip [1, 16, T, H, W], at one worth for all clips."""
-    prices = Prices.of(Regions.of(start.grid), path.to_patches(clean)[0], FIRST_FRAME_WEIGHT)
-    return prices.tokens_at(_AUTO_GAIN) / start.grid.count
+    return price(start.grid, clean).tokens_at(_AUTO_GAIN) / start.grid.count
 
 
 class _Meter:

@@ -108,7 +108,7 @@ def plan_seconds(size: tuple[int, int, int], pairs: int) -> Mapping[str, Sequenc
             marks.append(time.perf_counter())
             prices = Prices.of(regions, content, FIRST_FRAME_WEIGHT)
             marks.append(time.perf_counter())
-            prices.allocate(max(prices.least, rung_tokens(grid, 0.5)))
+            prices.allocate(rung_tokens(grid, 0.5))
             marks.append(time.perf_counter())
             if number >= 0:
                 spans = [after - before for before, after in itertools.pairwise(marks)]

@@ -6,12 +6,8 @@ from dataclasses import dataclass
 
 from peft import LoraConfig
 
-from cinecat.engines.errors import EngineError
+from cinecat.engines.errors import SettingError
 from cinecat.engines.training.styles.recipe import StyleRecipe
-
-
-class SettingError(EngineError):
-    """A setting of a training that is wrong; the message names it and what is allowed."""
 
 
 @dataclass(frozen=True)

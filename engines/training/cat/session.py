@@ -13,11 +13,12 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from cinecat.engines.checkpoint import Checkpoint, find_checkpoint, read_json
+from cinecat.engines.errors import SettingError
 from cinecat.engines.messages import VAE_TEMPORAL_STRIDE
 from cinecat.engines.model import WanModel, find_device, find_dtype, load_model, load_transformer
 from cinecat.engines.slots import Factors
 from cinecat.engines.training.cat.adapter import CatRecord, write_adapter
-from cinecat.engines.training.cat.recipe import CatRecipe, SettingError
+from cinecat.engines.training.cat.recipe import CatRecipe
 from cinecat.engines.training.cat.traces import Trace, draw_specs, make_traces, trace_of
 from cinecat.engines.training.cat.trainer import train_cat
 from cinecat.engines.training.cat.two_paths import TwoPaths, misfit

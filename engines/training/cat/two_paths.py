@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from cinecat.engines.denoise import Denoiser, Merged, TorchBlocks
 from cinecat.engines.slots import NO_STYLE, Factors
 from cinecat.engines.tokens import path
-from cinecat.engines.tokens.adaptive import FIRST_FRAME_WEIGHT
-from cinecat.engines.tokens.allocation import Prices, Regions
+from cinecat.engines.tokens.adaptive import price
 from cinecat.engines.tokens.grid import Grid
 from cinecat.engines.tokens.plan import TokenPlan
 from cinecat.engines.tokens.schedule import rung_tokens
@@ -141,9 +140,7 @@ def plan_for(prediction: Tensor, rung: float) -> TokenPlan:
     """
     frames, height, width = prediction.shape[1:]
     grid = Grid(frames, height // path.PATCH, width // path.PATCH)
-    regions = Regions.of(grid, str(prediction.device))
-    prices = Prices.of(regions, path.to_patches(prediction[None])[0], FIRST_FRAME_WEIGHT)
-    return prices.allocate(max(prices.least, rung_tokens(grid, rung)))
+    return price(grid, prediction[None]).allocate(rung_tokens(grid, rung))
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from accelerate import PartialState
 
 from cinecat.engines.checkpoint import Checkpoint, find_checkpoint, read_json
 from cinecat.engines.core import EngineCore
-from cinecat.engines.errors import EngineError
+from cinecat.engines.errors import SettingError
 from cinecat.engines.memory import available_bytes
 from cinecat.engines.messages import VAE_TEMPORAL_STRIDE, CoreConfig, StyleUse
 from cinecat.engines.model import (
@@ -59,10 +59,6 @@ _LEAST_CLIPS = 2
 _PREVIEW_STEPS = 20
 # The first process encodes while the others wait for it.
 _PATIENCE = timedelta(hours=12)
-
-
-class SettingError(EngineError):
-    """A setting of a training that is wrong; the message names it and what is allowed."""
 
 
 @dataclass(frozen=True)
