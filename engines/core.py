@@ -12,9 +12,12 @@ import torch
 from torch import Tensor
 
 from cinecat.engines import stages
+from cinecat.engines.backends.stack import WanStack
+from cinecat.engines.backends.torch_eager import TorchEngine
 from cinecat.engines.cache import ContentCache
 from cinecat.engines.checkpoint import Checkpoint
-from cinecat.engines.denoise import Branch, Denoiser, Merged, TorchBlocks, guided
+from cinecat.engines.context import Branch
+from cinecat.engines.denoise import Denoiser, EngineBlocks, Merged, guided
 from cinecat.engines.errors import EngineError
 from cinecat.engines.memory import check_slots_fit, slot_memory
 from cinecat.engines.messages import (
@@ -85,8 +88,8 @@ class EngineCore:
         check_slots_fit(memory)
         others = other_targets(transformer)
         slots = StyleSlots(transformer.blocks, config.style_slots, config.max_rank, self._model.dtype, others)
-        blocks = TorchBlocks(transformer, slots)
-        self._denoiser = Denoiser(transformer, blocks)
+        engine = TorchEngine(WanStack(transformer))
+        self._denoiser = Denoiser(transformer, EngineBlocks(transformer, engine, slots))
         self._cache: ContentCache[Tensor] = ContentCache(config.cache_bytes, lambda tensor: tensor.nbytes)
         adapter = CatAdapter.beside(checkpoint.folder) if variant is None else None
         self._wardrobe = Wardrobe(slots, config.style_cache_bytes, adapter)
@@ -98,7 +101,7 @@ class EngineCore:
             fingerprint=variant.fingerprint(checkpoint.fingerprint) if variant else checkpoint.fingerprint,
             device=str(self._model.device),
             dtype=str(self._model.dtype).removeprefix("torch."),
-            engine=blocks.name,
+            engine=engine.name,
             parameters=parameters,
             weights_bytes=weights_bytes,
             size_multiple=self._pixel_stride * transformer.config.patch_size[1],

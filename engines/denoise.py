@@ -6,15 +6,17 @@ only ever sees tokens. The arithmetic is diffusers' WanTransformer3DModel.forwar
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
-from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from cinecat.engines.backends.contract import Engine, StackInputs
+from cinecat.engines.context import Branch, RowContexts
 from cinecat.engines.slots import StyleSlots, Worn
 from cinecat.engines.tokens import path
 from cinecat.engines.tokens.grid import Grid
@@ -25,80 +27,63 @@ _THETA = 10000.0
 
 
 class BlockStack(Protocol):
-    """The compiled part of the denoiser.
-
-    Attributes:
-        name: the backend, as results report it.
-    """
-
-    name: str
+    """Runs the transformer's blocks for the rows of one request."""
 
     def __call__(
         self,
         tokens: Tensor,
-        context: Tensor,
         modulation: Tensor,
         rope: tuple[Tensor, Tensor],
-        rows: list[Worn],
+        branches: Sequence[Branch],
+        worn: Worn,
         key_bias: Tensor | None,
     ) -> Tensor:
-        """Runs all blocks.
+        """Runs all blocks on the same tokens under each branch.
 
         Args:
-            tokens: [rows, K, dim].
-            context: image tokens followed by text tokens, [rows, image + 512, dim].
-            modulation: [rows, 6, dim], of each row's timestep.
-            rope: cosines and sines, [1, K, 1, head_dim] each, float32.
-            rows: the style that each row wears.
-            key_bias: added to the logits of self-attention, [1, 1, 1, K] in the tokens' dtype; None for none.
+            tokens: [1, K, dim].
+            modulation: [1, 6, dim], of the timestep.
+            rope: cosines and sines, [1, K, head_dim / 2] each, float32.
+            worn: the style that all rows wear.
+            key_bias: added to the logits of self-attention, [1, K] in the tokens' dtype; None for none.
 
         Returns:
-            [rows, K, dim].
+            [branches, K, dim].
         """
         ...
 
 
-class TorchBlocks:
-    """diffusers' own blocks, run eagerly.
+class EngineBlocks:
+    """The blocks as an engine runs them.
 
     Args:
-        slots: what rows wear; None for blocks that have none, as in training, where all rows must wear nothing.
+        transformer: diffusers', for the keys and values of the context.
+        slots: what rows wear; None where they never wear anything.
     """
 
-    name = "torch"
-
-    def __init__(self, transformer: Any, slots: StyleSlots | None) -> None:
-        self._blocks = transformer.blocks
+    def __init__(self, transformer: Any, engine: Engine, slots: StyleSlots | None) -> None:
+        self.engine = engine
+        self._transformer = transformer
         self._slots = slots
-        self._self_attention = _BiasedAttention()
-        for block in self._blocks:
-            block.attn1.set_processor(self._self_attention)
 
     def __call__(
         self,
         tokens: Tensor,
-        context: Tensor,
         modulation: Tensor,
         rope: tuple[Tensor, Tensor],
-        rows: list[Worn],
+        branches: Sequence[Branch],
+        worn: Worn,
         key_bias: Tensor | None,
     ) -> Tensor:
-        if self._slots is not None:
-            self._slots.dress(rows)
-        self._self_attention.key_bias = key_bias
-        for block in self._blocks:
-            tokens = block(tokens, context, modulation, rope)
-        return tokens
-
-
-class _BiasedAttention(WanAttnProcessor):  # type: ignore[misc]
-    """diffusers' self-attention with the key bias of the running forward, which its blocks do not pass on."""
-
-    key_bias: Tensor | None = None
-
-    def __call__(self, attn: Any, hidden: Tensor, context: Any = None, mask: Any = None, rope: Any = None) -> Tensor:
-        output: Tensor = super().__call__(attn, hidden, context, self.key_bias, rope)
-        return output
+        """Branches run in turn: see `docs/engines.md` for what two rows at once would cost and gain."""
+        outputs = []
+        for branch in branches:
+            context = RowContexts.of([branch.keys(self._transformer.blocks, self._slots, worn)])
+            styles = self._slots.rows([worn]) if self._slots is not None else None
+            outputs.append(
+                self.engine(StackInputs(tokens, *rope, modulation, **vars(context), key_bias=key_bias, styles=styles))
+            )
+        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 
 @dataclass(frozen=True)
@@ -112,13 +97,6 @@ class Merged:
 
     plan: TokenPlan
     prediction: Tensor
-
-
-@dataclass(frozen=True)
-class Branch:
-    """One side of guidance: its context [1, image + 512, dim], projected once per request."""
-
-    context: Tensor
 
 
 def guided(velocities: tuple[Tensor, ...], scale: float) -> Tensor:
@@ -135,11 +113,11 @@ class Denoiser:
     def __init__(self, transformer: Any, blocks: BlockStack) -> None:
         self._transformer = transformer
         self._blocks = blocks
+        self._rope_of_grid = lru_cache(maxsize=8)(self._rope_of)
 
     def project_context(self, text: Tensor, image: Tensor) -> Branch:
         """Projects text [1, 512, text_dim] and image [1, n, image_dim] states into the blocks' context."""
-        embedder = self._transformer.condition_embedder
-        return Branch(torch.cat([embedder.image_embedder(image), embedder.text_embedder(text)], dim=1))
+        return Branch.project(self._transformer.condition_embedder, text, image)
 
     def grid(self, latent_frames: int, latent_height: int, latent_width: int) -> Grid:
         """The patches of latents of a size; the uniform path has a token for each."""
@@ -157,8 +135,6 @@ class Denoiser:
     ) -> tuple[Tensor, ...]:
         """Velocity of the same latents under each branch, [1, 16, T, H, W] each, in the transformer's dtype.
 
-        Branches run in turn: at 14B two rows at once save no time and double the activations.
-
         Args:
             latents: [1, 16, T, H, W].
             condition: [1, 20, T, H, W].
@@ -169,46 +145,33 @@ class Denoiser:
         time_embedding, modulation = self._embed_time(timestep.expand(1), transformer.dtype)
         if merged is None or merged.plan.is_uniform:
             video = torch.cat([latents, condition], dim=1).to(transformer.dtype)
-            rope = transformer.rope(video)
             tokens = transformer.patch_embedding(video).flatten(2).transpose(1, 2).contiguous()
-            return tuple(
-                path.from_patches(self._head(hidden, time_embedding), latents.shape)
-                for hidden in self._run(tokens, modulation, rope, branches, worn, None)
-            )
+            rope = self._rope_of_grid(self.grid(*latents.shape[2:]))
+            hidden = self._blocks(tokens, modulation, rope, branches, worn, None)
+            return path.from_patches(self._head(hidden, time_embedding), latents.shape).split(1)
         plan, sigma = merged.plan, float(timestep) / 1000.0
         noisy, prediction = path.to_patches(latents), path.to_patches(merged.prediction)
         content = path.merge(plan, noisy, prediction, sigma)
         patches = torch.cat([content, plan.mean(path.to_patches(condition))], dim=2).to(transformer.dtype)
         embedding = transformer.patch_embedding
         tokens = F.linear(patches, embedding.weight.flatten(1), embedding.bias)
-        key_bias = plan.sizes.log().to(tokens.dtype).view(1, 1, 1, -1)
-        outputs = []
-        for hidden in self._run(tokens, modulation, self._rope_at(plan.positions), branches, worn, key_bias):
-            clean = content - sigma * self._head(hidden, time_embedding).float()
-            velocity = (noisy - path.unmerge(plan, clean, prediction)) / sigma
-            outputs.append(path.from_patches(velocity, latents.shape).to(transformer.dtype))
-        return tuple(outputs)
+        key_bias = plan.sizes.log().to(tokens.dtype)[None]
+        hidden = self._blocks(tokens, modulation, self._rope_at(plan.positions), branches, worn, key_bias)
+        clean = content - sigma * self._head(hidden, time_embedding).float()
+        velocity = (noisy - path.unmerge(plan, clean, prediction)) / sigma
+        return path.from_patches(velocity, latents.shape).to(transformer.dtype).split(1)
 
-    def _run(
-        self,
-        tokens: Tensor,
-        modulation: Tensor,
-        rope: tuple[Tensor, Tensor],
-        branches: tuple[Branch, ...],
-        worn: Worn,
-        key_bias: Tensor | None,
-    ) -> Iterator[Tensor]:
-        for branch in branches:
-            yield self._blocks(tokens, branch.context, modulation, rope, [worn], key_bias)
+    def _rope_of(self, grid: Grid) -> tuple[Tensor, Tensor]:
+        return self._rope_at(grid.positions(self._transformer.device))
 
     def _rope_at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """RoPE's tables between the positions that diffusers tabulates: positions are [K, 3], in patches."""
+        """RoPE's tables at positions [K, 3] in patches, which need not be whole: [1, K, head_dim / 2] each, float32."""
         rope = self._transformer.rope
         angles = [
             position.double()[:, None] * _THETA ** -(torch.arange(0, dim, 2, device=positions.device).double() / dim)
             for position, dim in zip(positions.unbind(1), (rope.t_dim, rope.h_dim, rope.w_dim), strict=True)
         ]
-        angle = torch.cat(angles, dim=1).repeat_interleave(2, dim=1)[None, :, None]
+        angle = torch.cat(angles, dim=1)[None]
         return angle.cos().float(), angle.sin().float()
 
     def _embed_time(self, timestep: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -11,11 +11,14 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from cinecat.engines.backends.contract import STYLED_TARGETS, Banks, StyleRows
+from cinecat.engines.backends.stack import add_styles
 from cinecat.engines.errors import EngineError, NoFreeSlot
 from cinecat.engines.messages import ResidentStyle
 
@@ -43,7 +46,7 @@ class _Rows:
     """Which slot each row of the running forward wears; None while no row wears any."""
 
     slots: Tensor | None = None  # int64 [rows]
-    strengths: Tensor | None = None  # float32 [rows, 1, 1]
+    strengths: Tensor | None = None  # float32 [rows]
 
 
 class SlottedLinear(nn.Linear):
@@ -65,9 +68,7 @@ class SlottedLinear(nn.Linear):
         slots, strengths = self._rows.slots, self._rows.strengths
         if slots is None or strengths is None:
             return y
-        # A strength keeps its float32 digits until it meets the product.
-        low = (strengths * (x @ self._bank_a[slots].mT)).to(x.dtype)
-        return y + low @ self._bank_b[slots].mT
+        return add_styles(x, y, self._bank_a, self._bank_b, slots, strengths)
 
 
 @dataclass(frozen=True)
@@ -177,9 +178,24 @@ class StyleSlots:
             return
         bank = next(iter(self._banks.values()))[0]
         self._rows.slots = torch.tensor([worn.slot for worn in rows], device=bank.device)
-        self._rows.strengths = torch.tensor(
-            [worn.strength for worn in rows], device=bank.device, dtype=torch.float32
-        ).view(-1, 1, 1)
+        self._rows.strengths = torch.tensor([worn.strength for worn in rows], device=bank.device, dtype=torch.float32)
+
+    def rows(self, rows: list[Worn]) -> StyleRows | None:
+        """What engines are told of the rows of the coming forward; None where none wears a style."""
+        if not any(worn.slot for worn in rows):
+            return None
+        device = self._banks[STYLED_TARGETS[0]][0].device
+        return StyleRows(
+            torch.tensor([worn.slot for worn in rows], device=device),
+            torch.tensor([worn.strength for worn in rows], device=device, dtype=torch.float32),
+            self.engine_banks,
+        )
+
+    @cached_property
+    def engine_banks(self) -> Banks:
+        """The banks that engines read, which `wear` writes."""
+        pairs = [self._banks[target] for target in STYLED_TARGETS]
+        return Banks(tuple(a for a, _ in pairs), tuple(b for _, b in pairs))
 
     def _next_slot(self) -> tuple[int, _Key | None]:
         """The slot to write next, and what is resident there."""

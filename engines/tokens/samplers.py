@@ -19,8 +19,11 @@ from PIL import Image
 from torch import Tensor
 
 from cinecat.engines import stages
+from cinecat.engines.backends.stack import WanStack
+from cinecat.engines.backends.torch_eager import TorchEngine
 from cinecat.engines.checkpoint import find_checkpoint
-from cinecat.engines.denoise import Branch, Denoiser, Merged, TorchBlocks, guided
+from cinecat.engines.context import Branch
+from cinecat.engines.denoise import Denoiser, EngineBlocks, Merged, guided
 from cinecat.engines.model import WanModel, load_model, synchronize
 from cinecat.engines.slots import NO_STYLE, StyleSlots, Worn
 from cinecat.engines.tokens import path
@@ -55,7 +58,8 @@ class Parts:
         model = load_model(checkpoint, device, dtype)
         slots = StyleSlots(model.transformer.blocks, 1, _RANK, model.dtype)
         outfit = Wardrobe(slots, 0, CatAdapter.beside(checkpoint.folder)).dress((), merging=True)
-        return cls(model, Denoiser(model.transformer, TorchBlocks(model.transformer, slots)), outfit.merged)
+        blocks = EngineBlocks(model.transformer, TorchEngine(WanStack(model.transformer)), slots)
+        return cls(model, Denoiser(model.transformer, blocks), outfit.merged)
 
 
 @dataclass(frozen=True)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from cinecat.engines.denoise import Denoiser, Merged, TorchBlocks
-from cinecat.engines.slots import NO_STYLE, Factors
+from cinecat.engines.context import Branch
+from cinecat.engines.denoise import Denoiser, Merged
+from cinecat.engines.slots import NO_STYLE, Factors, Worn
 from cinecat.engines.tokens import path
 from cinecat.engines.tokens.adaptive import price
 from cinecat.engines.tokens.grid import Grid
@@ -70,7 +72,7 @@ class TwoPaths:
         add_lora(transformer, recipe.lora)
         self.adapter = CatAdapter(transformer)
         self._transformer = transformer
-        self._denoiser = Denoiser(transformer, TorchBlocks(transformer, None))
+        self._denoiser = Denoiser(transformer, self._run_blocks)
         for name, factors in styles.items():
             _add_style(transformer, name, factors)
         self._layers = [module for module in transformer.modules() if isinstance(module, LoraLayer)]
@@ -98,11 +100,6 @@ class TwoPaths:
         self._wear([name for name in (style, _ADAPTER if adapted else "") if name], adapted)
         transformer = self._transformer
         place, dtype = transformer.device, transformer.patch_embedding.weight.dtype
-        words = len(given.text)
-        # Exactly the padded prompt: all empty positions share one key, which counts for as many.
-        processor = PaddedTextAttention(text_bias(torch.tensor([words]), words).to(place, dtype))
-        for block in transformer.blocks:
-            block.attn2.processor = processor
         text = torch.cat([given.text, given.text.new_zeros(1, given.text.shape[1])])
         branch = self._denoiser.project_context(text[None].to(place, dtype), given.image[None].to(place, dtype))
         noisy = noisy[None].to(place)
@@ -115,10 +112,44 @@ class TwoPaths:
         )[0]
         return (noisy - timestep / 1000.0 * velocity.float())[0]
 
+    def _run_blocks(
+        self,
+        tokens: Tensor,
+        modulation: Tensor,
+        rope: tuple[Tensor, Tensor],
+        branches: Sequence[Branch],
+        worn: Worn,
+        key_bias: Tensor | None,
+    ) -> Tensor:
+        """diffusers' blocks, with peft's layers in them and gradients through them; a BlockStack for one branch."""
+        (branch,) = branches
+        words = branch.text.shape[1] - 1
+        # Exactly the padded prompt: all empty positions share one key, which counts for as many.
+        text_attention = PaddedTextAttention(text_bias(torch.tensor([words]), words).to(tokens))
+        self_attention = _BiasedAttention(None if key_bias is None else key_bias[:, None, None])
+        context = torch.cat([branch.image, branch.text], dim=1)
+        tables = tuple(table.repeat_interleave(2, dim=-1)[:, :, None] for table in rope)
+        for block in self._transformer.blocks:
+            block.attn1.processor, block.attn2.processor = self_attention, text_attention
+            tokens = block(tokens, context, modulation, tables)
+        return tokens
+
     def _wear(self, names: list[str], adapted: bool) -> None:
         for layer in self._layers:
             layer.set_adapter(names, inference_mode=True)
         self.adapter.requires_grad_(adapted)
+
+
+class _BiasedAttention(WanAttnProcessor):  # type: ignore[misc]
+    """diffusers' self-attention with a bias per key [1, 1, 1, K], which its blocks do not pass on."""
+
+    def __init__(self, key_bias: Tensor | None) -> None:
+        super().__init__()
+        self._key_bias = key_bias
+
+    def __call__(self, attn: Any, hidden: Tensor, context: Any = None, mask: Any = None, rope: Any = None) -> Tensor:
+        output: Tensor = super().__call__(attn, hidden, context, self._key_bias, rope)
+        return output
 
 
 def misfit(transformer: WanTransformer3DModel, factors: Factors) -> str:

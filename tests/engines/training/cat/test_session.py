@@ -10,8 +10,10 @@ import typer
 from typer.testing import CliRunner, Result
 
 from cinecat.engines import commands
+from cinecat.engines.backends.stack import WanStack
+from cinecat.engines.backends.torch_eager import TorchEngine
 from cinecat.engines.checkpoint import find_checkpoint
-from cinecat.engines.denoise import Denoiser, Merged, TorchBlocks
+from cinecat.engines.denoise import Denoiser, EngineBlocks, Merged
 from cinecat.engines.model import load_transformer
 from cinecat.engines.slots import StyleSlots
 from cinecat.engines.training.cat import session
@@ -56,7 +58,7 @@ def test_an_adapter_comes_out_that_slots_serve_as_it_was_trained(
     )
     transformer = load_transformer(find_checkpoint(str(micro)), "cpu", "float32")
     slots = StyleSlots(transformer.blocks, 1, 2, torch.float32)
-    denoiser = Denoiser(transformer, TorchBlocks(transformer, slots))
+    denoiser = Denoiser(transformer, EngineBlocks(transformer, TorchEngine(WanStack(transformer)), slots))
     worn = slots.wear({"cat": 1.0}, lambda name: load_lora(folder / WEIGHTS_NAME))
     padded = torch.cat([given.text, torch.zeros(508, 32)])
     with torch.no_grad():

@@ -1,0 +1,156 @@
+"""The stack as an exported program and as an ONNX graph, with no size baked in but the model's own.
+
+Rows, tokens and text keys stay open; layers, widths, image tokens, slots and ranks are the model's and the server's.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from cinecat.engines.backends.contract import (
+    GRAPH_INPUTS,
+    GRAPH_OUTPUT,
+    STYLE_INPUTS,
+    STYLED_TARGETS,
+    Banks,
+    EngineSpec,
+    StackInputs,
+    StyleRows,
+)
+from cinecat.engines.backends.stack import WanStack
+from cinecat.engines.errors import EngineError
+
+OPSET = 20
+"""Of ONNX graphs: what TensorRT 10.13 to 11 read, and ONNX Runtime too."""
+
+_ROWS, _TOKENS, _TEXT = "rows", "tokens", "text"
+_OPEN: dict[str, dict[int, str]] = {
+    "tokens": {0: _ROWS, 1: _TOKENS},
+    "rope_cos": {0: _ROWS, 1: _TOKENS},
+    "rope_sin": {0: _ROWS, 1: _TOKENS},
+    "modulation": {0: _ROWS},
+    "text_keys": {1: _ROWS, 2: _TEXT},
+    "text_values": {1: _ROWS, 2: _TEXT},
+    "text_bias": {0: _ROWS, 1: _TEXT},
+    "image_keys": {1: _ROWS},
+    "image_values": {1: _ROWS},
+    "key_bias": {0: _ROWS, 1: _TOKENS},
+    "slots": {0: _ROWS},
+    "strengths": {0: _ROWS},
+}
+"""Which dimensions of the inputs are open, by name of the size; the banks have none."""
+
+
+class StackGraph(nn.Module):
+    """The stack with flat inputs, as GRAPH_INPUTS and, styled, STYLE_INPUTS name them."""
+
+    def __init__(self, stack: WanStack, styled: bool) -> None:
+        super().__init__()
+        self.stack = stack
+        self.styled = styled
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        named: dict[str, Any] = dict(zip(GRAPH_INPUTS, inputs, strict=False))
+        styles = None
+        if self.styled:
+            slots, strengths, *banks = inputs[len(GRAPH_INPUTS) :]
+            styles = StyleRows(slots, strengths, Banks(tuple(banks[0::2]), tuple(banks[1::2])))
+        output: Tensor = self.stack(StackInputs(**named, styles=styles))
+        return output
+
+
+def graph_names(styled: bool) -> tuple[str, ...]:
+    """Names of a graph's inputs, in order."""
+    return GRAPH_INPUTS + STYLE_INPUTS if styled else GRAPH_INPUTS
+
+
+def open_sizes(name: str) -> dict[int, str]:
+    """Which dimensions of an input are open, each "rows", "tokens" or "text"."""
+    return _OPEN.get(name, {})
+
+
+def example_inputs(spec: EngineSpec, styled: bool, rows: int = 2, tokens: int = 24, text: int = 32) -> StackInputs:
+    """Inputs of some sizes, zeros throughout, on the spec's device."""
+    dtype, device = spec.torch_dtype, torch.device(spec.device)
+    layers, dim, half = spec.layers, spec.dim, spec.dim // spec.heads // 2
+
+    def zeros(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    styles = None
+    if styled:
+        sizes = [target_size(target, spec) for target in STYLED_TARGETS]
+        banks = Banks(
+            tuple(zeros(layers, spec.slots + 1, spec.max_rank, n) for n, _ in sizes),
+            tuple(zeros(layers, spec.slots + 1, m, spec.max_rank) for _, m in sizes),
+        )
+        styles = StyleRows(zeros(rows, dtype=torch.int64), zeros(rows, dtype=torch.float32), banks)
+    return StackInputs(
+        tokens=zeros(rows, tokens, dim),
+        rope_cos=zeros(rows, tokens, half, dtype=torch.float32),
+        rope_sin=zeros(rows, tokens, half, dtype=torch.float32),
+        modulation=zeros(rows, 6, dim),
+        text_keys=zeros(layers, rows, text, dim),
+        text_values=zeros(layers, rows, text, dim),
+        text_bias=zeros(rows, text),
+        image_keys=zeros(layers, rows, spec.image_tokens, dim),
+        image_values=zeros(layers, rows, spec.image_tokens, dim),
+        key_bias=zeros(rows, tokens),
+        styles=styles,
+    )
+
+
+def target_size(target: str, spec: EngineSpec) -> tuple[int, int]:
+    """(in, out) features of a linear of STYLED_TARGETS."""
+    if target == "ffn.net.0.proj":
+        return spec.dim, spec.ffn_dim
+    return (spec.ffn_dim, spec.dim) if target == "ffn.net.2" else (spec.dim, spec.dim)
+
+
+def export_program(stack: WanStack, spec: EngineSpec, styled: bool) -> ExportedProgram:
+    """The stack as torch.export sees it. Raises EngineError when it cannot be exported."""
+    named = example_inputs(spec, styled).named(styled)
+    sizes = {
+        _ROWS: Dim(_ROWS, min=1, max=64),
+        _TOKENS: Dim(_TOKENS, min=2, max=2**20),
+        _TEXT: Dim(_TEXT, min=2, max=512),
+    }
+    shapes = tuple({dim: sizes[size] for dim, size in open_sizes(name).items()} for name in named)
+    try:
+        with torch.no_grad():
+            return torch.export.export(
+                StackGraph(stack, styled).eval(), tuple(named.values()), dynamic_shapes=(shapes,), strict=False
+            )
+    except Exception as error:  # torch raises many kinds
+        raise EngineError(f"engines: the blocks cannot be exported: {error}") from error
+
+
+def export_onnx(stack: WanStack, spec: EngineSpec, styled: bool, path: Path) -> None:
+    """Writes the stack as an ONNX graph, its weights beside it as `path`.data.
+
+    Raises:
+        EngineError: it cannot be exported, or a library is missing.
+    """
+    program = export_program(stack, spec, styled)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            onnx = torch.onnx.export(
+                program,
+                input_names=list(graph_names(styled)),
+                output_names=[GRAPH_OUTPUT],
+                opset_version=OPSET,
+                dynamo=True,
+                optimize=True,
+                verbose=False,
+            )
+            assert onnx is not None
+            onnx.save(str(path), external_data=True)
+    except Exception as error:
+        raise EngineError(f"engines: the blocks cannot be written as ONNX: {error}") from error
