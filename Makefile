@@ -17,6 +17,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) $(if $(TORCH_INDEX),--no-deps --index-url $(TORCH_INDEX)) torch
 	$(INSTALL) --editable '.[dev]'
+# Type stubs alone: what they depend on is TensorRT itself.
+	$(INSTALL) --no-deps tensorrt-stubs
 	@touch $@
 
 demo: $(VENV)/.installed ## serve the bundled model, make three clips, write them to out/
