@@ -6,6 +6,7 @@ Rows, tokens and text keys stay open; layers, widths, image tokens, slots and ra
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +30,22 @@ from cinecat.engines.errors import EngineError
 OPSET = 20
 """Of ONNX graphs: what TensorRT 10.13 to 11 read, and ONNX Runtime too."""
 
-_ROWS, _TOKENS, _TEXT = "rows", "tokens", "text"
+ROWS, TOKENS, TEXT = "rows", "tokens", "text"
+"""Names of the sizes that stay open."""
+
 _OPEN: dict[str, dict[int, str]] = {
-    "tokens": {0: _ROWS, 1: _TOKENS},
-    "rope_cos": {0: _ROWS, 1: _TOKENS},
-    "rope_sin": {0: _ROWS, 1: _TOKENS},
-    "modulation": {0: _ROWS},
-    "text_keys": {1: _ROWS, 2: _TEXT},
-    "text_values": {1: _ROWS, 2: _TEXT},
-    "text_bias": {0: _ROWS, 1: _TEXT},
-    "image_keys": {1: _ROWS},
-    "image_values": {1: _ROWS},
-    "key_bias": {0: _ROWS, 1: _TOKENS},
-    "slots": {0: _ROWS},
-    "strengths": {0: _ROWS},
+    "tokens": {0: ROWS, 1: TOKENS},
+    "rope_cos": {0: ROWS, 1: TOKENS},
+    "rope_sin": {0: ROWS, 1: TOKENS},
+    "modulation": {0: ROWS},
+    "text_keys": {1: ROWS, 2: TEXT},
+    "text_values": {1: ROWS, 2: TEXT},
+    "text_bias": {0: ROWS, 1: TEXT},
+    "image_keys": {1: ROWS},
+    "image_values": {1: ROWS},
+    "key_bias": {0: ROWS, 1: TOKENS},
+    "slots": {0: ROWS},
+    "strengths": {0: ROWS},
 }
 """Which dimensions of the inputs are open, by name of the size; the banks have none."""
 
@@ -73,6 +76,21 @@ def graph_names(styled: bool) -> tuple[str, ...]:
 def open_sizes(name: str) -> dict[int, str]:
     """Which dimensions of an input are open, each "rows", "tokens" or "text"."""
     return _OPEN.get(name, {})
+
+
+def open_layer_sizes(styled: bool, biased: bool, sizes: Mapping[str, Dim]) -> list[Any]:
+    """Open sizes of a block's tokens and of `stack.layer_inputs`, in torch.export's form."""
+
+    def of(name: str) -> dict[int, Dim]:
+        # A layer's keys and values have lost the dimension of the layers.
+        lost = name.startswith(("text_", "image_")) and name != "text_bias"
+        return {dim - lost: sizes[size] for dim, size in open_sizes(name).items()}
+
+    shapes: list[Any] = [of(name) for name in GRAPH_INPUTS if name != "key_bias"]
+    shapes.append(of("key_bias") if biased else None)
+    shapes += [of("slots"), of("strengths")] if styled else [None, None]
+    shapes.append(dict.fromkeys(STYLED_TARGETS, (None, None)) if styled else {})
+    return shapes
 
 
 def example_inputs(spec: EngineSpec, styled: bool, rows: int = 2, tokens: int = 24, text: int = 32) -> StackInputs:
@@ -117,9 +135,9 @@ def export_program(stack: WanStack, spec: EngineSpec, styled: bool) -> ExportedP
     """The stack as torch.export sees it. Raises EngineError when it cannot be exported."""
     named = example_inputs(spec, styled).named(styled)
     sizes = {
-        _ROWS: Dim(_ROWS, min=1, max=64),
-        _TOKENS: Dim(_TOKENS, min=2, max=2**20),
-        _TEXT: Dim(_TEXT, min=2, max=512),
+        ROWS: Dim(ROWS, min=1, max=64),
+        TOKENS: Dim(TOKENS, min=2, max=2**20),
+        TEXT: Dim(TEXT, min=2, max=512),
     }
     shapes = tuple({dim: sizes[size] for dim, size in open_sizes(name).items()} for name in named)
     try:
