@@ -68,7 +68,7 @@ def verify(engine_cache_dir: EngineCacheDir = None, as_json: Json = False) -> No
     else:
         for digest, problems in damaged.items():
             out.show(f"{digest[:12]}: {'; '.join(problems)}")
-        out.show(f"{folder}: {len(entries)} engines, {len(damaged)} damaged")
+        out.show(f"{folder}: engines: {len(entries)}, damaged: {len(damaged)}")
         if damaged:
             out.say("a damaged engine is built anew when it is needed; remove it now with: cinecat engines prune")
     raise typer.Exit(1 if damaged else 0)
@@ -102,7 +102,7 @@ def prune(
         sizes = {"freed_bytes": freed, "kept_bytes": pruned.kept_bytes}
         out.show_json({"engine_cache_dir": folder, "removed": removed, "in_use": in_use, **sizes})
     else:
-        out.show(f"{folder}: {len(pruned.removed)} engines removed, {_size(freed)}; {_size(pruned.kept_bytes)} stay")
+        out.show(f"{folder}: engines removed: {len(pruned.removed)}, {_size(freed)}; {_size(pruned.kept_bytes)} stay")
         for entry in pruned.in_use:
             out.say(f"{entry.digest[:12]} is in use and stays; stop the process that uses it to remove it")
     raise typer.Exit(1 if pruned.in_use else 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from cinecat.engines.backends.store import EngineStore
@@ -75,6 +76,50 @@ def churn(root: Path, notes: Path) -> None:
         if turn % 8 == 0:
             store.prune(0)
     (notes / f"churned-{os.getpid()}").touch()
+
+
+def die_everywhere(root: Path, notes: Path) -> None:
+    """Builds KEY, and prunes it, in children that die before their nth file operation, for every n.
+
+    After each death the store holds a whole engine or none, and builds and prunes as ever.
+    """
+    deaths = []
+    for work in (lambda: EngineStore(root, None).build(KEY, write_engine), lambda: EngineStore(root, None).prune(0)):
+        operation = 0
+        while dies_before(operation, work):
+            operation += 1
+            store = EngineStore(root, None)
+            assert all(store.verify(entry) == [] for entry in store.entries()), operation
+            files = store.get(KEY)
+            assert files is None or (files / "plan.engine").read_bytes() == b"engine", operation
+            assert (store.build(KEY, write_engine) / "weights" / "0.bin").exists(), operation
+            assert [path.name for path in root.iterdir() if path.name != ".locks"] == [KEY.digest], operation
+            store.close()
+            if len(deaths) == 0:  # children build where nothing is, and prune where something is
+                assert len(store.prune(0).removed) == 1
+        deaths.append(operation)
+    (notes / "deaths").write_text(" ".join(map(str, deaths)))
+
+
+def dies_before(operation: int, work: Callable[[], object]) -> bool:
+    """Whether a child that would die there got there."""
+    child = os.fork()
+    if child == 0:
+        left = operation
+
+        def count(event: str, arguments: tuple[object, ...]) -> None:
+            nonlocal left
+            if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.utime", "fcntl.flock"):
+                if left == 0:
+                    os._exit(9)
+                left -= 1
+
+        sys.addaudithook(count)
+        work()
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) in (0, 9)
+    return os.waitstatus_to_exitcode(status) == 9
 
 
 if __name__ == "__main__":
