@@ -15,6 +15,7 @@ from cinecat.engines.backends.store import EngineStore
 from cinecat.engines.backends.store_entry import compare_checksums
 from cinecat.engines.backends.store_events import Outcome, StoreEvent
 from cinecat.engines.backends.store_folder import default_engine_folder
+from cinecat.engines.backends.store_lease import Lease
 from cinecat.engines.errors import EngineCacheError, EngineError
 from tests.engines.backends.builds import KEY, key, write_engine
 
@@ -325,6 +326,19 @@ def test_an_entry_that_was_built_anew_after_it_was_listed_is_not_removed(watched
     watched.store.close()
     assert not watched.store.remove(listed)
     assert watched.store.get(KEY)
+
+
+def test_a_lease_on_an_entry_that_went_meanwhile_is_none(watched: Watched, root: Path) -> None:
+    watched.build()
+    watched.store.close()
+    with Lease(root / KEY.digest) as late:
+        assert watched.store.prune(0).removed
+        assert not late.share()
+    watched.build()
+    with Lease(root / KEY.digest) as first, Lease(root / KEY.digest) as second:
+        assert first.share()
+        assert second.share()
+        assert not second.claim()
 
 
 def test_what_is_not_the_stores_stays(watched: Watched, root: Path) -> None:

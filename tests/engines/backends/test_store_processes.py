@@ -211,6 +211,17 @@ def test_an_engine_whose_manifest_finds_no_space_does_not_appear(small_disk: Pat
     assert store.build(KEY, write_engine).is_dir()
 
 
+def test_a_build_has_the_space_that_killed_builds_took(small_disk: Path) -> None:
+    store = EngineStore(small_disk / "engines", None)
+    store.build(KEY, write_engine)
+    store.close()
+    store.prune(0)
+    leftover = small_disk / "engines" / f".building-{KEY.digest}-{'0' * 16}"
+    leftover.mkdir()
+    (leftover / "half").write_bytes(bytes(3 * 2**20))
+    assert store.build(KEY, lambda folder: (folder / "plan.engine").write_bytes(bytes(2 * 2**20)) and None)
+
+
 def test_a_full_disk_serves_what_it_has_and_can_be_pruned(small_disk: Path) -> None:
     store = EngineStore(small_disk / "engines", None)
     store.build(KEY, write_engine)
