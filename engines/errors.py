@@ -15,6 +15,10 @@ class ModelError(EngineError):
     """A model that cannot be served; the message names what is missing, or the setting that is wrong."""
 
 
+class EngineCacheError(EngineError):
+    """The folder of compiled engines cannot be used; the message names it, the setting and what to do."""
+
+
 class SettingError(EngineError):
     """A setting of a training that is wrong; the message names it and what is allowed."""
 
