@@ -12,8 +12,11 @@ import torch
 from torch import Tensor
 
 from cinecat.engines import stages
+from cinecat.engines.backends.choice import engine_spec
+from cinecat.engines.backends.contract import Engine
+from cinecat.engines.backends.loading import size_buckets
+from cinecat.engines.backends.source import EngineSource
 from cinecat.engines.backends.stack import WanStack
-from cinecat.engines.backends.torch_eager import TorchEngine
 from cinecat.engines.cache import ContentCache
 from cinecat.engines.checkpoint import Checkpoint
 from cinecat.engines.context import Branch
@@ -36,7 +39,9 @@ from cinecat.engines.messages import (
 from cinecat.engines.model import WanModel, load_model, synchronize
 from cinecat.engines.slots import StyleSlots, other_targets
 from cinecat.engines.tokens.adaptive import AdaptiveTokens
+from cinecat.engines.tokens.budget import step_tokens
 from cinecat.engines.tokens.grid import Grid
+from cinecat.engines.tokens.schedule import RUNGS, rung_tokens
 from cinecat.engines.variants import Variant, fuse_variant
 from cinecat.engines.wardrobe import CatAdapter, Outfit, Wardrobe
 
@@ -50,6 +55,8 @@ class _Request:
     branches: tuple[Branch, ...]  # the prompt's, then with guidance the negative prompt's
     guidance_scale: float
     scheduler: Any
+    denoiser: Denoiser
+    engine: str  # that the denoiser runs on
     outfit: Outfit
     grid: Grid
     tokens: AdaptiveTokens | None  # None on the uniform path
@@ -88,8 +95,12 @@ class EngineCore:
         check_slots_fit(memory)
         others = other_targets(transformer)
         slots = StyleSlots(transformer.blocks, config.style_slots, config.max_rank, self._model.dtype, others)
-        engine = TorchEngine(WanStack(transformer))
-        self._denoiser = Denoiser(transformer, EngineBlocks(transformer, engine, slots))
+        fingerprint = variant.fingerprint(checkpoint.fingerprint) if variant else checkpoint.fingerprint
+        buckets = size_buckets(checkpoint, config.engine_sizes, transformer.config.patch_size[1])
+        spec = engine_spec(checkpoint, fingerprint, transformer, config.style_slots, config.max_rank, buckets)
+        self._slots = slots
+        self._engines = EngineSource(WanStack(transformer), spec, config)
+        self._denoisers: dict[Engine, Denoiser] = {}
         self._cache: ContentCache[Tensor] = ContentCache(config.cache_bytes, lambda tensor: tensor.nbytes)
         adapter = CatAdapter.beside(checkpoint.folder) if variant is None else None
         self._wardrobe = Wardrobe(slots, config.style_cache_bytes, adapter)
@@ -98,10 +109,10 @@ class EngineCore:
         self.model_info = ModelInfo(
             name=f"{checkpoint.name}+{variant.name}" if variant else checkpoint.name,
             family=checkpoint.family,
-            fingerprint=variant.fingerprint(checkpoint.fingerprint) if variant else checkpoint.fingerprint,
+            fingerprint=fingerprint,
             device=str(self._model.device),
             dtype=str(self._model.dtype).removeprefix("torch."),
-            engine=engine.name,
+            engine=self._engines.current().name,
             parameters=parameters,
             weights_bytes=weights_bytes,
             size_multiple=self._pixel_stride * transformer.config.patch_size[1],
@@ -113,6 +124,27 @@ class EngineCore:
             other_targets=others,
             variant=variant.name if variant else "",
         )
+
+    def _denoiser_for(self, shot: Shot, grid: Grid) -> tuple[Denoiser, str]:
+        """The denoiser of a request, and its engine's name. Raises EngineError when no engine takes its shapes."""
+        if shot.cat is None:
+            counts: tuple[int, ...] = (grid.count,)
+        elif shot.cat.keep_ratio is not None:
+            counts = step_tokens(grid, shot.steps, shot.cat.keep_ratio)
+        else:
+            counts = tuple(rung_tokens(grid, rung) for rung in RUNGS)
+        engine = self._engines.engine_for(counts)
+        denoiser = self._denoisers.get(engine)
+        if denoiser is None:
+            transformer = self._model.transformer
+            denoiser = Denoiser(transformer, EngineBlocks(transformer, engine, self._slots))
+            self._denoisers[engine] = denoiser
+        return denoiser, engine.name
+
+    def _grid(self, shot: Shot) -> Grid:
+        height, width = shot.image.shape[:2]
+        multiple = self.model_info.size_multiple
+        return Grid((shot.frames - 1) // VAE_TEMPORAL_STRIDE + 1, height // multiple, width // multiple)
 
     @property
     def _pixel_stride(self) -> int:
@@ -137,6 +169,8 @@ class EngineCore:
 
     def _condition(self, shot: Shot, outfit: Outfit) -> Conditioned:
         model, clock = self._model, _Clock(self._model.device)
+        grid = self._grid(shot)
+        denoiser, engine = self._denoiser_for(shot, grid)
         guided = shot.guidance_scale > 1.0
         prompts = [shot.prompt, shot.negative_prompt] if guided else [shot.prompt]
         image_key = hashlib.sha256(shot.image.tobytes()).digest(), shot.image.shape
@@ -161,7 +195,6 @@ class EngineCore:
             ],
         )[0]
         latent_shape = (1, model.vae.config.z_dim, *condition.shape[2:])
-        grid = self._denoiser.grid(*latent_shape[2:])
         scheduler = model.new_scheduler(shot.steps, shot.shift)
         notes: tuple[str, ...] = (outfit.note,) if outfit.note else ()
         if stages.prompt_is_truncated(model, shot.prompt):
@@ -169,9 +202,11 @@ class EngineCore:
         self._requests[shot.job_id] = _Request(
             latents=stages.starting_noise(shot.seed, latent_shape, model.device),
             condition=condition,
-            branches=tuple(self._denoiser.project_context(text, image) for text in texts),
+            branches=tuple(denoiser.project_context(text, image) for text in texts),
             guidance_scale=shot.guidance_scale,
             scheduler=scheduler,
+            denoiser=denoiser,
+            engine=engine,
             outfit=outfit,
             grid=grid,
             tokens=AdaptiveTokens.of(shot.cat, grid, len(scheduler.timesteps)) if shot.cat else None,
@@ -204,15 +239,16 @@ class EngineCore:
         synchronize(self._model.device)
         seconds = time.perf_counter() - started
         if tokens is None:
-            return Stepped(request.step, len(timesteps), seconds, spent)
-        return Stepped(request.step, len(timesteps), seconds, spent, tokens.seconds - planned, tokens.keep_ratio)
+            return Stepped(request.step, len(timesteps), seconds, spent, engine=request.engine)
+        planned = tokens.seconds - planned
+        return Stepped(request.step, len(timesteps), seconds, spent, planned, tokens.keep_ratio, request.engine)
 
     def _velocity(self, request: _Request, timestep: Tensor) -> tuple[Tensor, int]:
         """The guided velocity of the coming step, and the tokens of each forward."""
         tokens, merged, worn = request.tokens, None, request.outfit.whole
         if tokens is not None and (plan := tokens.plan()) is not None and tokens.prediction is not None:
             merged, worn = Merged(plan, tokens.prediction), request.outfit.merged
-        velocities = self._denoiser.velocities(
+        velocities = request.denoiser.velocities(
             request.latents, request.condition, timestep, request.branches, worn, merged
         )
         velocity = guided(velocities, request.guidance_scale)

@@ -32,6 +32,12 @@ class CoreConfig:
         cache_bytes: bound of the prompt, image and condition caches together.
         style_cache_bytes: bound of the styles that are kept in memory as read, besides those in slots.
         model_variant: path of a file whose changes are fused into the transformer; empty for none.
+        engine: the backend: "auto", "torch" or a name of `backends.choice.BACKENDS`.
+        missing_engine: what to do while the engine is not built: "refuse", "torch" (serve from torch and build it), or
+            "auto", which is torch where memory for the weights twice is free.
+        engine_sizes: (width, height, frames) of clips that engines of fixed shapes are built for.
+        engine_cache_dir: where engines are kept; empty for the default.
+        engine_cache_bytes: of all of them at most; 0 is no limit.
     """
 
     model: str
@@ -43,6 +49,11 @@ class CoreConfig:
     cache_bytes: int
     style_cache_bytes: int = 0
     model_variant: str = ""
+    engine: str = "torch"
+    missing_engine: Literal["auto", "refuse", "torch"] = "auto"
+    engine_sizes: tuple[tuple[int, int, int], ...] = ()
+    engine_cache_dir: str = ""
+    engine_cache_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -256,6 +267,7 @@ class Stepped:
         tokens: that it spent, per forward and row.
         plan_seconds: spent on planning.
         keep_ratio: that the clip is held to; with a target, 1 until it is chosen after the first step.
+        engine: that ran it.
     """
 
     step: int
@@ -264,6 +276,7 @@ class Stepped:
     tokens: int
     plan_seconds: float = 0.0
     keep_ratio: float = 1.0
+    engine: str = "torch"
 
 
 @dataclass(frozen=True)

@@ -115,6 +115,11 @@ def load_vae_decoder(checkpoint: Checkpoint, device: str) -> AutoencoderKLWan:
     return vae.to(place)
 
 
+def pixel_stride(checkpoint: Checkpoint) -> int:
+    """Pixels per latent of a checkpoint's VAE, along width and height."""
+    return int(read_json(checkpoint.folder / "vae" / "config.json").get("scale_factor_spatial", 8))
+
+
 def schedule_shift(checkpoint: Checkpoint) -> float:
     """Shift of a checkpoint's noise schedule. Raises ModelError when its scheduler is not known."""
     scheduler_class, config = _scheduler(checkpoint)

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import math
+import os
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from cinecat.cli import output as out
 from cinecat.engines.backends.store import EngineStore
 from cinecat.engines.backends.store_entry import EngineEntry
 from cinecat.engines.backends.store_folder import DEFAULT_MAX_GIB, default_engine_folder
-from cinecat.engines.errors import EngineCacheError
+from cinecat.engines.errors import EngineCacheError, EngineError, SettingError
+from cinecat.engines.messages import CoreConfig
 from cinecat.errors import CinecatError
 
 app = typer.Typer(help="Compiled engines on this machine.", rich_markup_mode=None)
@@ -43,6 +53,69 @@ def list_engines(engine_cache_dir: EngineCacheDir = None, as_json: Json = False)
         return
     header = ("ENGINE", "SIZE", "LAST USED", "BUILT IN", "STATE", "KEY")
     out.show_table(header, [_row(entry) for entry in entries])
+
+
+@app.command()
+def build(
+    backend: Annotated[str, typer.Option(help="inductor, onnxruntime, tensorrt or torch_tensorrt.")],
+    model: Annotated[str, typer.Option(help="wan-tiny, a folder in diffusers' layout, or a hub id.")] = "wan-tiny",
+    model_variant: Annotated[str, typer.Option(help="File whose changes are fused into the model.")] = "",
+    size: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="WxHxF",
+            help="Width, height and frames of clips to build for, where the backend's engines have fixed shapes; may "
+            "be repeated.",
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    style_slots: Annotated[int, typer.Option(min=1, help="As the server's.")] = 8,
+    max_rank: Annotated[int, typer.Option(min=1, help="As the server's.")] = 32,
+    engine_cache_dir: EngineCacheDir = None,
+    as_json: Json = False,
+) -> None:
+    """Build the engine that a server with the same settings loads; nothing is done when it is there."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        from cinecat.engines.backends.building import build_engine
+    except ModuleNotFoundError as error:
+        raise CinecatError(f"{error.name} is missing; pip install 'cinecat[serve]'") from error
+    config = CoreConfig(
+        model=model,
+        device=device,
+        dtype=dtype,
+        threads=0,
+        style_slots=style_slots,
+        max_rank=max_rank,
+        cache_bytes=0,
+        model_variant=model_variant,
+        engine=backend,
+        engine_sizes=tuple(map(_size_of, size or ())),
+        engine_cache_dir=str(engine_cache_dir or ""),
+    )
+    console = Console(stderr=True)
+    with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console) as progress:
+        task = progress.add_task("starting", total=None)
+        try:
+            built = build_engine(config, lambda step: progress.update(task, description=step))
+        except SettingError as error:
+            raise out.usage_error(str(error)) from error
+        except EngineError as error:
+            raise CinecatError(str(error)) from error
+    if as_json:
+        out.show_json({**vars(built), "folder": str(built.folder)})
+        return
+    how = f"built in {built.seconds:.0f} s" if built.seconds else "there already"
+    out.show(f"{built.backend} {built.digest[:12]}: {how}, {_size(built.size_bytes)}")
+
+
+def _size_of(word: str) -> tuple[int, int, int]:
+    parts = word.split("x")
+    if len(parts) != 3 or not all(part.isdecimal() for part in parts):
+        raise out.usage_error(f"--size: {word!r} is not WIDTHxHEIGHTxFRAMES, e.g. 832x480x81")
+    width, height, frames = map(int, parts)
+    return width, height, frames
 
 
 @app.command()

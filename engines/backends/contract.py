@@ -237,10 +237,12 @@ class Backend(Protocol):
     Attributes:
         name: as settings and results spell it.
         any_shape: whether its engines take every shape, so that no bucket enters their key.
+        own_weights: whether its engines hold the weights once more, besides the stack.
     """
 
     name: str
     any_shape: bool
+    own_weights: bool
 
     def missing(self, device: torch.device) -> str | None:
         """Why it cannot run here, in one line with what to install; None where it can."""

@@ -53,6 +53,7 @@ class Inductor:
 
     name = "inductor"
     any_shape = True
+    own_weights = False
 
     def missing(self, device: torch.device) -> str | None:
         if device.type == "cpu" and not any(map(shutil.which, _COMPILERS)):

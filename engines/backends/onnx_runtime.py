@@ -79,6 +79,7 @@ class OnnxRuntime:
 
     name = "onnxruntime"
     any_shape = True
+    own_weights = True
 
     def missing(self, device: torch.device) -> str | None:
         for module in ("onnxruntime", "onnx", "onnxscript"):

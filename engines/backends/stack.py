@@ -30,7 +30,9 @@ class WanStackBlock(nn.Module):
         self.heads = own.heads
         self.eps = block.norm1.eps
         self.scale_shift_table = block.scale_shift_table
-        self.qkv_weight, self.qkv_bias = _fuse(own.to_q, own.to_k, own.to_v)
+        # In a tuple, since these are no modules of this one.
+        self._parts = (own.to_q, own.to_k, own.to_v)
+        self.qkv_weight, self.qkv_bias = _fuse(*self._parts)
         self.norm_q, self.norm_k = own.norm_q, own.norm_k
         self.out = own.to_out[0]
         self.norm_cross = block.norm2
@@ -90,6 +92,11 @@ class WanStackBlock(nn.Module):
         output = worn.add("ffn.net.2", inner, _apply(self.down, inner))
         return (tokens.float() + output.float() * ffn_gate).type_as(tokens)
 
+    def release(self) -> None:
+        """Frees the weights, the diffusers block's too."""
+        for parameter in (*self.parameters(), *(each for part in self._parts for each in part.parameters())):
+            parameter.data = parameter.data.new_empty(0)
+
     def _modulated(self, tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         normed = F.layer_norm(tokens.float(), tokens.shape[-1:], eps=self.eps)
         return (normed * (1 + scale) + shift).type_as(tokens)
@@ -133,6 +140,22 @@ class WanStack(nn.Module):
     def __init__(self, transformer: Any) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(WanStackBlock(block) for block in transformer.blocks)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the weights."""
+        return sum(parameter.nbytes for parameter in self.parameters())
+
+    def release(self) -> None:
+        """Frees the weights, those that the transformer reads too: nothing but an engine with weights of its own can
+        run afterwards.
+        """
+        for block in self.blocks:
+            block.release()
 
     def forward(self, inputs: StackInputs) -> Tensor:
         """Runs all blocks: [rows, K, dim] in the tokens' dtype."""

@@ -82,7 +82,7 @@ def test_plans_follow_the_clean_prediction_after_guidance(core: EngineCore) -> N
     core.condition(replace(SHOT, cat=Cat(keep_ratio=0.5)))
     request = core._requests["a"]
     before, timestep = request.latents.clone(), request.scheduler.timesteps[0]
-    wanted, unwanted = core._denoiser.velocities(
+    wanted, unwanted = request.denoiser.velocities(
         before, request.condition, timestep, request.branches, request.outfit.whole
     )
     core.step("a")

@@ -1,0 +1,110 @@
+"""Which backends there are, and what an engine of theirs is known by."""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+import torch
+
+from cinecat.engines.backends.contract import ANY_SHAPE, Backend, Bucket, EngineSpec, Range
+from cinecat.engines.backends.inductor import Inductor
+from cinecat.engines.backends.onnx_runtime import OnnxRuntime
+from cinecat.engines.backends.store_key import EngineKey, KeyValue
+from cinecat.engines.checkpoint import Checkpoint, read_json
+from cinecat.engines.errors import ModelError, SettingError
+from cinecat.engines.tokens.grid import Grid
+from cinecat.engines.tokens.schedule import RUNGS, rung_tokens
+
+TORCH = "torch"
+"""The backend that needs no build: the stack, run eagerly."""
+
+AUTO = "auto"
+"""The fastest backend whose engine is built already, else TORCH."""
+
+BACKENDS: tuple[Backend, ...] = (OnnxRuntime(), Inductor())
+"""Those that build something, the one to be preferred first."""
+
+_ROWS = Range(1, 1, 2)
+_TEXT = Range(16, 32, 512)
+
+
+def find_backend(name: str) -> Backend:
+    """The backend that a setting names. Raises SettingError for another name."""
+    for backend in BACKENDS:
+        if backend.name == name:
+            return backend
+    names = ", ".join([AUTO, TORCH, *(backend.name for backend in BACKENDS)])
+    raise SettingError(f"engine: {name!r} is not one of {names}")
+
+
+def engine_spec(
+    checkpoint: Checkpoint,
+    fingerprint: str,
+    transformer: Any,
+    slots: int,
+    max_rank: int,
+    buckets: tuple[Bucket, ...] = (ANY_SHAPE,),
+) -> EngineSpec:
+    """What engines of a loaded transformer are built from.
+
+    Args:
+        fingerprint: of the model with what is fused into it.
+    """
+    config, device = transformer.config, transformer.device
+    heads = config.num_attention_heads
+    return EngineSpec(
+        model=fingerprint,
+        device=device.type,
+        architecture=_architecture(device),
+        dtype=str(transformer.dtype).removeprefix("torch."),
+        layers=config.num_layers,
+        heads=heads,
+        dim=heads * config.attention_head_dim,
+        ffn_dim=config.ffn_dim,
+        image_tokens=_image_tokens(checkpoint),
+        slots=slots,
+        max_rank=max_rank,
+        buckets=buckets,
+    )
+
+
+def engine_key(backend: Backend, spec: EngineSpec) -> EngineKey:
+    """What an engine is known by in the cache: all that it is built from and with."""
+    fields = {name: _plain(value) for name, value in spec.as_key().items() if name != "buckets"}
+    if not backend.any_shape:
+        fields["buckets"] = _plain(spec.as_key()["buckets"])
+    versions = tuple(f"{name} {version}" for name, version in sorted(backend.versions().items()))
+    return EngineKey.of({**fields, "backend": backend.name, "versions": versions})
+
+
+def buckets_for(grids: tuple[Grid, ...]) -> tuple[Bucket, ...]:
+    """A bucket for every number of tokens that steps of such clips can have, on either path."""
+    counts = sorted({rung_tokens(grid, rung) for grid in grids for rung in RUNGS}, reverse=True)
+    return tuple(Bucket(_ROWS, Range(count, count, count), _TEXT) for count in counts)
+
+
+def _architecture(device: torch.device) -> str:
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"sm_{major}{minor}"
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _image_tokens(checkpoint: Checkpoint) -> int:
+    config = read_json(checkpoint.folder / "image_encoder" / "config.json")
+    # transformers nests a vision model's sizes in some versions.
+    config = config.get("vision_config") or config
+    try:
+        return int((config["image_size"] // config["patch_size"]) ** 2 + 1)
+    except (KeyError, TypeError, ZeroDivisionError) as error:
+        raise ModelError("model: image_encoder/config.json gives no image_size and patch_size") from error
+
+
+def _plain(value: object) -> KeyValue:
+    if isinstance(value, dict):
+        return tuple((str(name), _plain(part)) for name, part in value.items())
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_plain, value))
+    assert isinstance(value, (str, int))
+    return value

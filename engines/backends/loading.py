@@ -1,0 +1,60 @@
+"""The stack of blocks of a server's model, without the rest of it."""
+
+from __future__ import annotations
+
+from cinecat.engines.backends.choice import buckets_for, engine_spec
+from cinecat.engines.backends.contract import ANY_SHAPE, Bucket, EngineSpec
+from cinecat.engines.backends.stack import WanStack
+from cinecat.engines.checkpoint import Checkpoint, find_checkpoint
+from cinecat.engines.errors import SettingError
+from cinecat.engines.messages import VAE_TEMPORAL_STRIDE, CoreConfig
+from cinecat.engines.model import load_transformer, pixel_stride
+from cinecat.engines.tokens.grid import Grid
+from cinecat.engines.variants import find_variant, fuse_variant
+
+
+def load_stack(config: CoreConfig) -> tuple[WanStack, EngineSpec]:
+    """Loads the transformer that settings name, with its variant, and says what its engines are built from.
+
+    Raises:
+        ModelError: it cannot be loaded here.
+        SettingError: a size of `engine_sizes` is none of the model's.
+    """
+    checkpoint = find_checkpoint(config.model)
+    variant = find_variant(config.model_variant)
+    transformer = load_transformer(checkpoint, config.device, config.dtype)
+    fingerprint = checkpoint.fingerprint
+    if variant is not None:
+        fuse_variant(transformer, variant)
+        fingerprint = variant.fingerprint(fingerprint)
+    buckets = size_buckets(checkpoint, config.engine_sizes, transformer.config.patch_size[1])
+    spec = engine_spec(checkpoint, fingerprint, transformer, config.style_slots, config.max_rank, buckets)
+    return WanStack(transformer), spec
+
+
+def size_buckets(
+    checkpoint: Checkpoint, sizes: tuple[tuple[int, int, int], ...], latents_per_patch: int
+) -> tuple[Bucket, ...]:
+    """Buckets for clips of sizes (width, height, frames) in pixels; ANY_SHAPE where none is given.
+
+    Raises:
+        SettingError: one is no size of the model's.
+    """
+    if not sizes:
+        return (ANY_SHAPE,)
+    stride = pixel_stride(checkpoint) * latents_per_patch
+    grids = []
+    for width, height, frames in sizes:
+        if (
+            width < 1
+            or height < 1
+            or frames < 1
+            or width % stride
+            or height % stride
+            or frames % VAE_TEMPORAL_STRIDE != 1
+        ):
+            raise SettingError(
+                f"engine_sizes: {width}x{height}x{frames}: width and height are multiples of {stride}, frames 4k + 1"
+            )
+        grids.append(Grid((frames - 1) // VAE_TEMPORAL_STRIDE + 1, height // stride, width // stride))
+    return buckets_for(tuple(grids))

@@ -1,0 +1,154 @@
+"""Where forwards get their engine from: the cache, or torch while one is being built."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+
+from cinecat.engines.backends.building import BackgroundBuild, open_store
+from cinecat.engines.backends.choice import AUTO, BACKENDS, TORCH, engine_key, find_backend
+from cinecat.engines.backends.contract import Backend, Engine, EngineSpec
+from cinecat.engines.backends.stack import WanStack
+from cinecat.engines.backends.torch_eager import TorchEngine
+from cinecat.engines.errors import EngineCacheError, EngineError, ModelError
+from cinecat.engines.memory import available_bytes
+from cinecat.engines.messages import CoreConfig
+
+log = logging.getLogger(__name__)
+
+_HEADROOM = 1.25
+"""Of the memory that a second copy of the weights takes, for what building it takes besides."""
+
+
+class EngineSource:
+    """The engine that the settings name.
+
+    While it is not built, requests run on torch where its weights may stay beside those of the engine, and the engine
+    is built by another process meanwhile; where they may not, it has to be built before the server starts.
+    """
+
+    def __init__(self, stack: WanStack, spec: EngineSpec, config: CoreConfig) -> None:
+        """Takes the engine from the cache, or begins to build it.
+
+        Raises:
+            ModelError: the backend cannot run here, or its engine has to be built first.
+        """
+        self._stack, self._spec, self._config = stack, spec, config
+        self._torch: TorchEngine | None = TorchEngine(stack)
+        self._built: Engine | None = None
+        self._build: BackgroundBuild | None = None
+        if config.engine == TORCH:
+            return
+        if config.engine == AUTO:
+            self._take_best()
+            return
+        self._backend = find_backend(config.engine)
+        if problem := self._backend.missing(stack.device):
+            raise ModelError(f"engine: {problem}")
+        if self._take(self._backend):
+            return
+        if not self._torch_may_stay(self._backend):
+            raise ModelError(
+                f"engine: no {config.engine} engine is built for this model and these settings; build it first: "
+                f"{build_command(config)}; or set missing_engine to torch, to serve meanwhile from a second copy of "
+                "the weights"
+            )
+        log.warning("no %s engine is built yet; serving from torch while one is", config.engine)
+        self._build = BackgroundBuild(config)
+
+    def current(self) -> Engine:
+        """The engine for a request that begins now; it must run on the same one until its end."""
+        self._look_after_build()
+        if self._built is not None:
+            return self._built
+        assert self._torch is not None
+        return self._torch
+
+    def engine_for(self, tokens: tuple[int, ...]) -> Engine:
+        """The engine for a request that begins now and whose steps have so many tokens.
+
+        Raises:
+            EngineError: the engine is not built for one of them, and torch may not stand in.
+        """
+        engine = self.current()
+        if self._built is None or self._backend_takes(tokens):
+            return engine
+        if self._torch is None:
+            count = next(count for count in tokens if not self._covered(count))
+            raise EngineError(
+                f"size: no {self._built.name} engine is built for {count} tokens; ask for another size or length, or "
+                f"let the operator build it: {build_command(self._config)} --size WIDTHxHEIGHTxFRAMES"
+            )
+        return self._torch
+
+    def close(self) -> None:
+        """Ends a build that runs."""
+        if self._build is not None:
+            self._build.stop()
+            self._build = None
+
+    def _backend_takes(self, tokens: tuple[int, ...]) -> bool:
+        return self._backend.any_shape or all(map(self._covered, tokens))
+
+    def _covered(self, count: int) -> bool:
+        return any(count in bucket.tokens for bucket in self._spec.buckets)
+
+    def _take_best(self) -> None:
+        for backend in BACKENDS:
+            if backend.missing(self._stack.device) is None:
+                try:
+                    if self._take(backend):
+                        return
+                except (EngineError, EngineCacheError) as error:
+                    log.warning("%s", error)
+
+    def _take(self, backend: Backend) -> bool:
+        """Loads a backend's engine from the cache; whether there is one."""
+        files = open_store(self._config).get(engine_key(backend, self._spec))
+        if files is None:
+            return False
+        stays = self._torch_may_stay(backend)
+        self._built = backend.load(self._stack, self._spec, files)
+        self._backend = backend
+        if not stays:
+            self._torch = None
+            self._stack.release()
+        return True
+
+    def _torch_may_stay(self, backend: Backend) -> bool:
+        if not backend.own_weights or self._config.missing_engine == "torch":
+            return True
+        if self._config.missing_engine == "refuse":
+            return False
+        available = available_bytes(self._stack.device)
+        return available is None or available >= _HEADROOM * self._stack.size_bytes
+
+    def _look_after_build(self) -> None:
+        if self._build is None:
+            return
+        try:
+            if not self._build.ended():
+                return
+            if self._take(self._backend):
+                log.warning("the %s engine is built; new requests run on it", self._backend.name)
+        except EngineError as error:
+            log.error("%s; serving from torch", error)
+        self.close()
+
+
+def build_command(config: CoreConfig) -> str:
+    """The command line that builds the engine of these settings."""
+    words = ["cinecat", "engines", "build", "--backend", config.engine, "--model", config.model]
+    for option, value, default in (
+        ("--model-variant", config.model_variant, ""),
+        ("--device", config.device, AUTO),
+        ("--dtype", config.dtype, AUTO),
+        ("--style-slots", config.style_slots, 8),
+        ("--max-rank", config.max_rank, 32),
+        ("--engine-cache-dir", config.engine_cache_dir, ""),
+    ):
+        if value != default:
+            words += [option, str(value)]
+    for size in config.engine_sizes:
+        words += ["--size", "x".join(map(str, size))]
+    return shlex.join(words)
