@@ -47,7 +47,7 @@ class EngineSource:
             raise ModelError(f"engine: {problem}")
         if self._take(self._backend):
             return
-        if not self._torch_may_stay(self._backend):
+        if config.missing_engine == "refuse" or not self._torch_may_stay(self._backend):
             raise ModelError(
                 f"engine: no {config.engine} engine is built for this model and these settings; build it first: "
                 f"{build_command(config)}; or set missing_engine to torch, to serve meanwhile from a second copy of "
