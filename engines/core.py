@@ -56,7 +56,6 @@ class _Request:
     guidance_scale: float
     scheduler: Any
     denoiser: Denoiser
-    engine: str  # that the denoiser runs on
     outfit: Outfit
     grid: Grid
     tokens: AdaptiveTokens | None  # None on the uniform path
@@ -123,6 +122,7 @@ class EngineCore:
             shift=self._model.shift,
             other_targets=others,
             variant=variant.name if variant else "",
+            buckets=self._engines.only_buckets,
         )
 
     def _denoiser_for(self, shot: Shot, grid: Grid) -> tuple[Denoiser, str]:
@@ -206,12 +206,11 @@ class EngineCore:
             guidance_scale=shot.guidance_scale,
             scheduler=scheduler,
             denoiser=denoiser,
-            engine=engine,
             outfit=outfit,
             grid=grid,
             tokens=AdaptiveTokens.of(shot.cat, grid, len(scheduler.timesteps)) if shot.cat else None,
         )
-        return Conditioned(tuple(clock.timings), grid.count, notes, self.residency())
+        return Conditioned(tuple(clock.timings), grid.count, notes, self.residency(), engine, self._engines.building)
 
     @torch.inference_mode()
     def step(self, job_id: str) -> Stepped:
@@ -239,9 +238,8 @@ class EngineCore:
         synchronize(self._model.device)
         seconds = time.perf_counter() - started
         if tokens is None:
-            return Stepped(request.step, len(timesteps), seconds, spent, engine=request.engine)
-        planned = tokens.seconds - planned
-        return Stepped(request.step, len(timesteps), seconds, spent, planned, tokens.keep_ratio, request.engine)
+            return Stepped(request.step, len(timesteps), seconds, spent)
+        return Stepped(request.step, len(timesteps), seconds, spent, tokens.seconds - planned, tokens.keep_ratio)
 
     def _velocity(self, request: _Request, timestep: Tensor) -> tuple[Tensor, int]:
         """The guided velocity of the coming step, and the tokens of each forward."""

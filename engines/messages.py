@@ -70,6 +70,7 @@ class ModelInfo:
         max_size: largest width or height that the position table holds, in pixels.
         shift: of the noise schedule, where a request gives none.
         variant: file name of the model variant that is fused into the transformer; empty for none.
+        buckets: most rows, and tokens of each, of the only shapes that run; empty where all do.
     """
 
     name: str
@@ -88,6 +89,7 @@ class ModelInfo:
     shift: float = 1.0
     other_targets: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     variant: str = ""
+    buckets: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -248,14 +250,21 @@ class Ready:
 
 @dataclass(frozen=True)
 class Conditioned:
-    """Answer to Condition. `tokens_uniform` is what the uniform path spends per forward and row; `resident` is what is
-    in the slots now.
+    """Answer to Condition.
+
+    Attributes:
+        tokens_uniform: what the uniform path spends per forward and row.
+        resident: what is in the slots now.
+        engine: the backend that all steps of the request will run on.
+        engine_building: whether that is torch because the one that the settings name is being built.
     """
 
     timings: tuple[StageTime, ...]
     tokens_uniform: int
     notes: tuple[str, ...]
     resident: tuple[ResidentStyle, ...] = ()
+    engine: str = "torch"
+    engine_building: bool = False
 
 
 @dataclass(frozen=True)
@@ -267,7 +276,6 @@ class Stepped:
         tokens: that it spent, per forward and row.
         plan_seconds: spent on planning.
         keep_ratio: that the clip is held to; with a target, 1 until it is chosen after the first step.
-        engine: that ran it.
     """
 
     step: int
@@ -276,7 +284,6 @@ class Stepped:
     tokens: int
     plan_seconds: float = 0.0
     keep_ratio: float = 1.0
-    engine: str = "torch"
 
 
 @dataclass(frozen=True)

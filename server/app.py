@@ -37,7 +37,7 @@ from cinecat.server.services.errors import ErrorInterceptor
 from cinecat.server.services.generation import GenerationService
 from cinecat.server.services.models import ModelsService
 from cinecat.server.services.styles import StylesService
-from cinecat.server.settings import Settings, SettingsError
+from cinecat.server.settings import Settings, SettingsError, clip_size
 from cinecat.server.store import JobStore
 from cinecat.server.style_installer import StyleInstaller
 from cinecat.server.styles import StyleCatalogue
@@ -258,6 +258,11 @@ def _core_config(settings: Settings) -> CoreConfig:
         cache_bytes=settings.cache_mib * 2**20,
         style_cache_bytes=settings.style_cache_mib * 2**20,
         model_variant="" if settings.model_variant is None else str(settings.model_variant.expanduser()),
+        engine=settings.engine,
+        missing_engine=settings.missing_engine,
+        engine_sizes=tuple(map(clip_size, settings.engine_sizes)),
+        engine_cache_dir=str(settings.engine_cache_dir.expanduser()),
+        engine_cache_bytes=round(settings.engine_cache_gib * 2**30),
     )
 
 

@@ -44,6 +44,14 @@ class Metrics:
             buckets=_SECONDS,
             registry=registry,
         )
+        self.engine_steps = Counter(
+            "cinecat_engine_steps", "Denoising steps by the backend that ran them.", ["engine"], registry=registry
+        )
+        self.engine_building = Gauge(
+            "cinecat_engine_building",
+            "1 while the engine that the settings name is being built and torch stands in.",
+            registry=registry,
+        )
         self.queue_depth = Gauge("cinecat_queue_depth", "Jobs waiting for the engine core.", registry=registry)
         self.core_restarts = Counter("cinecat_core_restarts", "Engine cores started after one died.", registry=registry)
         self.requests_refused = Counter(

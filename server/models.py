@@ -46,6 +46,7 @@ def describe_model(info: ModelInfo, settings: Settings) -> models_pb2.Model:
         ),
         defaults=_defaults(info, settings, max_tokens),
         tokenizations=[clip_pb2.Tokenization.UNIFORM, clip_pb2.Tokenization.CAT],
+        buckets=[models_pb2.Bucket(rows=rows, tokens=tokens) for rows, tokens in info.buckets],
         variant=info.variant,
         fingerprint=info.fingerprint,
     )

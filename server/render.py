@@ -60,6 +60,7 @@ class _Tally:
     decode_seconds: float = 0.0
     mux_seconds: float = 0.0
     step_tokens: list[int] = field(default_factory=list)
+    engine: str = ""
     tokens_uniform: int = 0
 
 
@@ -178,6 +179,8 @@ class Rendering:
         self._stop_if_asked()
         conditioned = await r.core.call(Condition(shot), Conditioned)
         r.catalogue.activity.resident = conditioned.resident
+        r.metrics.engine_building.set(conditioned.engine_building)
+        self._tally.engine = conditioned.engine
         if live.attempts == 1:
             for style in shot.styles:
                 r.catalogue.activity.used(style.fingerprint)
@@ -197,6 +200,7 @@ class Rendering:
         self._tally.denoise_seconds += stepped.seconds - stepped.plan_seconds
         tokenization = clip_pb2.Tokenization.Mode.Name(live.job.clip.tokenization.mode).lower()
         r.metrics.step_seconds.labels(tokenization).observe(stepped.seconds)
+        r.metrics.engine_steps.labels(self._tally.engine).inc()
         r.costs.observe("step", token_rows(live.job.clip, stepped.tokens), stepped.seconds)
         live.job.progress.step = stepped.step
         self._keep_ratio = stepped.keep_ratio
@@ -235,7 +239,7 @@ class Rendering:
     def _open_files(self) -> None:
         clip, job_id, artifacts = self.live.job.clip, self.live.job_id, self._renderer.artifacts
         shape = ClipShape(clip.width, clip.height, clip.frames, exact_rate(clip.fps))
-        settings = {"job_id": job_id, "engine": self._renderer.model.engine, **as_dict(clip)}
+        settings = {"job_id": job_id, "engine": self._tally.engine, **as_dict(clip)}
         for value in clip.artifact_formats:
             path = artifacts.scratch_path(job_id, _FORMATS[value])
             self._writers.append(open_writer(_FORMATS[value], path, shape, clip_metadata(clip.prompt, settings)))
@@ -265,7 +269,7 @@ class Rendering:
         result = pb.ClipResult(
             tokens_used=round(mean),
             tokens_uniform=tally.tokens_uniform,
-            engine=self._renderer.model.engine,
+            engine=tally.engine,
             step_tokens=tally.step_tokens,
             keep_ratio=mean / tally.tokens_uniform,
         )

@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from cinecat.engines.backends.store_folder import DEFAULT_MAX_GIB, default_engine_folder
+
 ENVIRONMENT_PREFIX = "CINECAT_"
 
 # Read by the client and by the command line, so no settings of the server.
@@ -27,6 +29,15 @@ class SettingsError(ValueError):
 
 def _state_folder() -> Path:
     return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "cinecat"
+
+
+def clip_size(word: str) -> tuple[int, int, int]:
+    """Width, height and frames of a word such as "832x480x81". Raises ValueError for another."""
+    parts = word.split("x")
+    if len(parts) != 3 or not all(part.isdecimal() and part.isascii() and len(part) < 6 for part in parts):
+        raise ValueError(f"{word!r} is not WIDTHxHEIGHTxFRAMES, e.g. 832x480x81")
+    width, height, frames = map(int, parts)
+    return width, height, frames
 
 
 Port = Annotated[int, Field(ge=0, le=65535)]
@@ -60,6 +71,20 @@ class Settings(BaseModel):
         description="memory for styles as they were read; one that has no slot then gets it by a copy",
     )
 
+    engine: Literal["auto", "torch", "inductor", "onnxruntime", "tensorrt", "torch_tensorrt"] = Field(
+        "auto", description="backend that runs the denoiser; auto is the fastest one that is built, else torch"
+    )
+    missing_engine: Literal["auto", "refuse", "torch"] = Field(
+        "auto",
+        description="where the engine is not built: refuse and name the command that builds it, or serve from torch "
+        "and build it meanwhile; auto is torch where memory for the weights twice is free",
+    )
+    engine_sizes: tuple[str, ...] = Field(
+        (), description="WIDTHxHEIGHTxFRAMES of clips that engines of fixed shapes are built for, ',' between them"
+    )
+    engine_cache_dir: Path = Field(default_factory=default_engine_folder, description="built engines")
+    engine_cache_gib: float = Field(DEFAULT_MAX_GIB, gt=0, le=1_000_000, description="of all of them at most")
+
     data_dir: Path = Field(default_factory=_state_folder, description="job database, inputs and uploaded styles")
     artifact_url: str = Field("", description="fsspec URL for finished clips; empty puts them into data_dir")
     styles_dirs: tuple[Path, ...] = Field((), description="folders of styles beside the bundled ones, ':' between them")
@@ -85,6 +110,18 @@ class Settings(BaseModel):
     @classmethod
     def _split_paths(cls, value: object) -> object:
         return tuple(part for part in value.split(os.pathsep) if part) if isinstance(value, str) else value
+
+    @field_validator("engine_sizes", mode="before")
+    @classmethod
+    def _split_sizes(cls, value: object) -> object:
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("engine_sizes")
+    @classmethod
+    def _are_sizes(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for word in value:
+            clip_size(word)
+        return value
 
     @field_validator("model_variant", mode="before")
     @classmethod

@@ -152,6 +152,16 @@ def _size(clip: clip_pb2.ClipSpec, resolved: clip_pb2.ClipSpec, model: models_pb
                     f"at most {limits.max_tokens} are allowed; ask for fewer frames or a smaller size",
                 )
             )
+        elif model.buckets and tokens not in {bucket.tokens for bucket in model.buckets}:
+            built = ", ".join(str(tokens) for tokens in sorted({bucket.tokens for bucket in model.buckets}))
+            violations.append(
+                Violation(
+                    "clip.width",
+                    f"no engine is built for the {tokens} tokens of {resolved.width}x{resolved.height} with "
+                    f"{resolved.frames} frames, only for {built}; ask for a size that has so many, or let the operator "
+                    "add this one to engine_sizes and run cinecat engines build",
+                )
+            )
     return violations
 
 

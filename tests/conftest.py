@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,9 @@ from PIL import Image
 
 # Before anything imports torch: tests share few CPUs with the servers that they start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Tests start without engines, whatever was built on this machine.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="cinecat-tests-")
 
 
 @pytest.fixture(scope="session")

@@ -81,6 +81,18 @@ class EngineSource:
             )
         return self._torch
 
+    @property
+    def building(self) -> bool:
+        """Whether the engine that the settings name is being built."""
+        return self._build is not None
+
+    @property
+    def only_buckets(self) -> tuple[tuple[int, int], ...]:
+        """Most rows, and tokens of each, of the only shapes that run; empty where all do."""
+        if self._built is None or self._torch is not None or self._backend.any_shape:
+            return ()
+        return tuple((bucket.rows.most, bucket.tokens.most) for bucket in self._spec.buckets)
+
     def close(self) -> None:
         """Ends a build that runs."""
         if self._build is not None:

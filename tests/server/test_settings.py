@@ -28,6 +28,11 @@ TYPED = {
     "max_rank": "64",
     "cache_mib": "7",
     "style_cache_mib": "64",
+    "engine": "onnxruntime",
+    "missing_engine": "refuse",
+    "engine_sizes": "832x480x81,1280x720x81",
+    "engine_cache_dir": "engines",
+    "engine_cache_gib": "5.5",
     "data_dir": "data",
     "artifact_url": "memory://clips",
     "styles_dirs": "styles",
@@ -42,7 +47,7 @@ TYPED = {
     "log_format": "json",
     "log_level": "debug",
 }
-PRINTED = {name: value for name, value in TYPED.items() if name != "styles_dirs"}
+PRINTED = {name: value for name, value in TYPED.items() if name not in ("styles_dirs", "engine_sizes")}
 
 
 @pytest.fixture
@@ -111,6 +116,8 @@ def test_the_variables_of_the_client_are_no_settings() -> None:
         ("grace_seconds", "inf"),
         ("dtype", "int8"),
         ("address", "50051"),
+        ("engine_sizes", "832x480"),
+        ("engine", "tensor"),
         ("address", "localhost:99999"),
     ],
 )
@@ -159,6 +166,7 @@ def test_every_setting_is_a_flag_of_serve() -> None:
     assert result.exit_code == 0, result.output
     shown = json.loads(result.stdout)
     assert shown.pop("styles_dirs") == ["styles"]
+    assert shown.pop("engine_sizes") == ["832x480x81", "1280x720x81"]
     assert {name: f"{value}" for name, value in shown.items()} == PRINTED
 
 

@@ -1,7 +1,7 @@
 """Commands of other packages and extras: entry points of the group `cinecat.commands`.
 
-Each loads to a function with typer's annotations, or to a typer.Typer: a group of commands. They are listed without being imported, because
-those of the server import torch.
+Each loads to a function with typer's annotations, or to a typer.Typer: a group of commands. They are listed without
+being imported, because those of the server import torch.
 """
 
 from importlib.metadata import EntryPoint, entry_points
@@ -16,7 +16,7 @@ _SUMMARIES = {
     "train-style": "Train a style on a few captioned clips.",
     "train-cat": "Distil an adapter for steps with merged tokens.",
     "film-set": "Write captioned clips of the procedural film set, in a look of choice.",
-    "engines": "List, verify and prune the compiled engines on this machine.",
+    "engines": "Build, list, verify and prune the compiled engines on this machine.",
     "plan": "Draw which patches of an image's clip share a token.",
     "evaluate": "Measure clips beside others of the same names, or let people choose blind.",
     "bench": "Measure Cinecat against its rivals, side by side in one run.",
