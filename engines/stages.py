@@ -121,14 +121,14 @@ class ClipDecoder:
     """
 
     def __init__(self, vae: AutoencoderKLWan, latents: Tensor, tiling: Tiling) -> None:
-        """`start` scales the latents to what is needed here: [latent frames, 16, height / 8, width / 8], as VAE input."""
+        """Takes latents as the VAE does, [latent frames, 16, height / 8, width / 8]; `start` makes them so."""
         self.latent_frame = 0
         self.frame = 0
         self._latents = latents
         self._stride = int(vae.config.scale_factor_spatial)
         self._stream = Stream(decoder_layers(vae))
         self._tiles = tiling.weighted(self._stride, latents)
-        self._pasts = Pasts(tiling.parked)
+        self._pasts = None if tiling.whole else Pasts()
 
     @classmethod
     def start(cls, vae: AutoencoderKLWan, latents: Tensor, tiling: Tiling | None = None) -> ClipDecoder:
@@ -160,7 +160,7 @@ class ClipDecoder:
         return unit.permute(0, 2, 3, 1).contiguous()
 
     def _decode(self, latent: Tensor) -> Tensor:
-        if len(self._tiles) == 1:
+        if self._pasts is None:
             return self._stream(latent)
         stride, video = self._stride, latent.new_zeros(())
         for index, ((top, bottom), (left, right), weight) in enumerate(self._tiles):

@@ -13,7 +13,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import (
     WanAttentionBlock,
@@ -24,6 +23,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (
     WanUpBlock,
 )
 from torch import Tensor, nn
+from torch.nn import functional
 
 from cinecat.engines.errors import ModelError
 
@@ -104,7 +104,7 @@ class CausalConv(Memory):
         return [self] if self.reach else []
 
     def _convolved(self, frames: Tensor, weight: Tensor) -> Tensor:
-        return F.conv2d(frames, weight, self._bias, padding=self._padding)
+        return functional.conv2d(frames, weight, self._bias, padding=self._padding)
 
 
 class HalvedRate(Memory):
@@ -123,7 +123,7 @@ class HalvedRate(Memory):
         if past is None:
             return frames
         seen = torch.cat([past, frames])
-        return F.conv2d(torch.cat([seen[:-2:2], seen[1:-1:2], seen[2::2]], dim=1), self._weight, self._bias)
+        return functional.conv2d(torch.cat([seen[:-2:2], seen[1:-1:2], seen[2::2]], dim=1), self._weight, self._bias)
 
 
 class DoubledRate(Layer):
@@ -136,7 +136,7 @@ class DoubledRate(Layer):
         if self._conv.past is None:
             self._conv.past = torch.cat([torch.zeros_like(frames[:1])] * self._conv.reach)
             return frames
-        return _channels_last(self._conv(frames).unflatten(1, (2, -1)).flatten(0, 1))
+        return _channels_last(torch.unflatten(self._conv(frames), 1, (2, -1)).flatten(0, 1))
 
     def memories(self) -> list[Memory]:
         return [self._conv]
@@ -155,7 +155,7 @@ class HalvedSize(Layer):
         padded[:, :, :height, :width] = frames
         padded[:, :, height:] = 0
         padded[:, :, :, width:] = 0
-        return F.conv2d(padded, self._weight, self._bias, stride=2)
+        return functional.conv2d(padded, self._weight, self._bias, stride=2)
 
 
 class DoubledSize(Layer):
@@ -174,7 +174,7 @@ class DoubledSize(Layer):
 
     def __call__(self, frames: Tensor) -> Tensor:
         count, _, height, width = frames.shape
-        corners = F.conv2d(frames, self._weight, self._bias, padding=1).unflatten(1, (2, 2, -1))
+        corners = torch.unflatten(functional.conv2d(frames, self._weight, self._bias, padding=1), 1, (2, 2, -1))
         large = _empty((count, corners.shape[3], 2 * height, 2 * width), frames)
         for row in (0, 1):
             for column in (0, 1):
@@ -192,7 +192,7 @@ class NormedConv(Layer):
         self.reach = self._conv.reach
 
     def __call__(self, frames: Tensor) -> Tensor:
-        return self._conv(F.silu(_normed(self._norm, frames), inplace=True))
+        return self._conv(functional.silu(_normed(self._norm, frames), inplace=True))
 
     def memories(self) -> list[Memory]:
         return self._conv.memories()
@@ -224,10 +224,10 @@ class Attention(Layer):
     def __call__(self, frames: Tensor) -> Tensor:
         _, channels, height, width = frames.shape
         pixels = _normed(self._block.norm, frames).permute(0, 2, 3, 1).flatten(1, 2)[:, None]
-        qkv = F.linear(pixels, self._block.to_qkv.weight.flatten(1), self._block.to_qkv.bias)
-        mixed = F.scaled_dot_product_attention(*qkv.split(channels, dim=-1))[:, 0]
-        out = F.linear(mixed, self._block.proj.weight.flatten(1), self._block.proj.bias)
-        return out.unflatten(1, (height, width)).permute(0, 3, 1, 2) + frames
+        qkv = functional.linear(pixels, self._block.to_qkv.weight.flatten(1), self._block.to_qkv.bias)
+        mixed = functional.scaled_dot_product_attention(*torch.split(qkv, channels, dim=-1))[:, 0]
+        out = functional.linear(mixed, self._block.proj.weight.flatten(1), self._block.proj.bias)
+        return torch.unflatten(out, 1, (height, width)).permute(0, 3, 1, 2) + frames
 
 
 def encoder_layers(vae: AutoencoderKLWan) -> list[Layer]:
@@ -327,7 +327,7 @@ def _normed(norm: WanRMS_norm, frames: Tensor) -> Tensor:
     """WanRMS_norm: its floor of 1e-12 under the length is one of 1e-24 under the square, here under the mean square."""
     pixels = frames.permute(0, 2, 3, 1)
     channels = pixels.shape[-1]
-    return F.rms_norm(pixels, (channels,), norm.gamma.flatten(), 1e-24 / channels).permute(0, 3, 1, 2)
+    return functional.rms_norm(pixels, (channels,), norm.gamma.flatten(), 1e-24 / channels).permute(0, 3, 1, 2)
 
 
 def _channels_last(tensor: Tensor) -> Tensor:
