@@ -225,7 +225,8 @@ class Attention(Layer):
         _, channels, height, width = frames.shape
         pixels = _normed(self._block.norm, frames).permute(0, 2, 3, 1).flatten(1, 2)[:, None]
         qkv = functional.linear(pixels, self._block.to_qkv.weight.flatten(1), self._block.to_qkv.bias)
-        mixed = functional.scaled_dot_product_attention(*torch.split(qkv, channels, dim=-1))[:, 0]
+        query, key, value = torch.split(qkv, channels, dim=-1)
+        mixed = functional.scaled_dot_product_attention(query, key, value)[:, 0]
         out = functional.linear(mixed, self._block.proj.weight.flatten(1), self._block.proj.bias)
         return torch.unflatten(out, 1, (height, width)).permute(0, 3, 1, 2) + frames
 
