@@ -13,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from cinecat.engines.checkpoint import Checkpoint, read_json
 from cinecat.engines.errors import ModelError
+from cinecat.engines.vae import lay_out
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -91,7 +92,7 @@ def load_encoders(checkpoint: Checkpoint, device: str, dtype: str) -> WanEncoder
         text_encoder=_module(checkpoint, UMT5EncoderModel, "text_encoder", place, kind),
         image_processor=_load(checkpoint, CLIPImageProcessorPil, "image_processor"),
         image_encoder=_module(checkpoint, CLIPVisionModel, "image_encoder", place, torch.float32),
-        vae=_module(checkpoint, AutoencoderKLWan, "vae", place, torch.float32),
+        vae=load_vae(checkpoint, device),
     )
 
 
@@ -103,8 +104,7 @@ def load_transformer(checkpoint: Checkpoint, device: str, dtype: str) -> WanTran
 
 def load_vae(checkpoint: Checkpoint, device: str) -> AutoencoderKLWan:
     """Loads the VAE alone, float32; arguments and errors as `load_model`."""
-    vae: AutoencoderKLWan = _module(checkpoint, AutoencoderKLWan, "vae", find_device(device), torch.float32)
-    return vae
+    return lay_out(_module(checkpoint, AutoencoderKLWan, "vae", find_device(device), torch.float32))
 
 
 def load_vae_decoder(checkpoint: Checkpoint, device: str) -> AutoencoderKLWan:

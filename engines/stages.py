@@ -6,8 +6,6 @@ hold them together.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
@@ -16,8 +14,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from cinecat.engines.memory import available_bytes
 from cinecat.engines.messages import VAE_TEMPORAL_STRIDE
 from cinecat.engines.model import WanEncoders
+from cinecat.engines.vae import Stream, decoder_layers, encoder_layers
+from cinecat.engines.vae_tiles import Pasts, Tiling, plan_tiling, whole_frame
 
 TEXT_TOKENS = 512
 
@@ -54,22 +55,37 @@ def encode_image(model: WanEncoders, image: NDArray[np.uint8]) -> Tensor:
     return states
 
 
-def encode_condition(vae: AutoencoderKLWan, image: NDArray[np.uint8], frames: int) -> Tensor:
+def vae_tiling(vae: AutoencoderKLWan, height: int, width: int) -> Tiling:
+    """How frames of `height` x `width` pixels are cut for the VAE, by what the device has free now."""
+    stride = int(vae.config.scale_factor_spatial)
+    return plan_tiling(
+        encoder_layers(vae),
+        decoder_layers(vae),
+        height // stride,
+        width // stride,
+        stride,
+        vae.dtype.itemsize,
+        available_bytes(vae.device),
+    )
+
+
+def encode_condition(
+    vae: AutoencoderKLWan, image: NDArray[np.uint8], frames: int, tiling: Tiling | None = None
+) -> Tensor:
     """The 20 condition channels [1, 4 + 16, latent frames, height / 8, width / 8], float32.
 
     Four mask channels (1 where a frame is given), then the normalised latents of the image followed by grey frames.
-    The encoder runs chunk by chunk with its own causal cache, so the grey video is never held whole. There is no
-    shortcut for it: the encoder's reach in time is longer than a clip.
+    The encoder runs chunk by chunk, so the grey video is never held whole, and layers stop where grey has settled: the
+    first ones soon, the last ones later than most clips last.
+
+    Args:
+        tiling: as `vae_tiling` gives it; None cuts nothing.
     """
-    first = torch.from_numpy(image.astype(np.float32) / 255.0).permute(2, 0, 1)[None, :, None] * 2.0 - 1.0
+    first = torch.from_numpy(image.astype(np.float32) / 255.0).permute(2, 0, 1)[None] * 2.0 - 1.0
     first = first.to(vae.device, vae.dtype)
-    height, width = image.shape[:2]
-    grey = first.new_zeros((1, 3, VAE_TEMPORAL_STRIDE, height, width))
-    cache: list[Tensor | str | None] = [None] * vae._cached_conv_counts["encoder"]
-    inputs = [first] + [grey] * ((frames - 1) // VAE_TEMPORAL_STRIDE)
-    chunks = [vae.encoder(frame, feat_cache=cache, feat_idx=[0]) for frame in inputs]
+    moments = _encode(vae, first, (frames - 1) // VAE_TEMPORAL_STRIDE, tiling)
     # The first half of the moments is the mean, which is the mode.
-    mode = vae.quant_conv(torch.cat(chunks, dim=2)).chunk(2, dim=1)[0]
+    mode = moments.transpose(0, 1)[None].chunk(2, dim=1)[0]
     mean, inverse_std = latent_statistics(vae, mode)
     latents = (mode.float() - mean) * inverse_std
     mask = latents.new_zeros((1, VAE_TEMPORAL_STRIDE, *latents.shape[2:]))
@@ -77,45 +93,84 @@ def encode_condition(vae: AutoencoderKLWan, image: NDArray[np.uint8], frames: in
     return torch.cat([mask, latents], dim=1)
 
 
+def _encode(vae: AutoencoderKLWan, first: Tensor, grey_chunks: int, tiling: Tiling | None) -> Tensor:
+    """Moments [1 + grey chunks, 32, h, w] of a frame [1, 3, H, W] and the grey behind it."""
+    stride = int(vae.config.scale_factor_spatial)
+    height, width = first.shape[2] // stride, first.shape[3] // stride
+    tiling = tiling or whole_frame(height, width)
+    layers = encoder_layers(vae)
+    moments = first.new_zeros((1 + grey_chunks, 2 * vae.config.z_dim, height, width))
+    for (top, bottom), (left, right), weight in tiling.weighted(1, first):
+        stream = Stream(layers, still_from=1)
+        corner = first[:, :, top * stride : bottom * stride, left * stride : right * stride]
+        grey = corner.new_zeros(()).expand(VAE_TEMPORAL_STRIDE, *corner.shape[1:])
+        for index in range(1 + grey_chunks):
+            moments[index, :, top:bottom, left:right] += stream(grey if index else corner)[0] * weight
+    return moments
+
+
 def starting_noise(seed: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
     """Gaussian noise, float32, drawn on the CPU so that a seed means the same on every device."""
     return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed), dtype=torch.float32).to(device)
 
 
-@dataclass
 class ClipDecoder:
     """Decodes one clip's latents a latent frame at a time: 1 frame first, then 4 for each.
 
-    The VAE's causal cache lives here and not in the VAE, so any number of clips can be in decoding.
+    What the VAE remembers of the clip lives here, so any number of clips can be in decoding.
     """
 
-    vae: AutoencoderKLWan
-    latents: Tensor  # [1, 16, latent frames, height / 8, width / 8], as VAE input
-    cache: list[Tensor | str | None]
-    latent_frame: int = 0
-    frame: int = 0
+    def __init__(self, vae: AutoencoderKLWan, latents: Tensor, tiling: Tiling) -> None:
+        """Takes latents as the VAE does, [latent frames, 16, height / 8, width / 8]; `start` makes them so."""
+        self.latent_frame = 0
+        self.frame = 0
+        self._latents = latents
+        self._stride = int(vae.config.scale_factor_spatial)
+        self._stream = Stream(decoder_layers(vae))
+        self._tiles = tiling.weighted(self._stride, latents)
+        self._pasts = None if tiling.whole else Pasts()
 
     @classmethod
-    def start(cls, vae: AutoencoderKLWan, latents: Tensor) -> ClipDecoder:
-        """Begins with final denoised latents [1, 16, latent frames, height / 8, width / 8]."""
+    def start(cls, vae: AutoencoderKLWan, latents: Tensor, tiling: Tiling | None = None) -> ClipDecoder:
+        """Begins with final denoised latents [1, 16, latent frames, height / 8, width / 8].
+
+        Args:
+            tiling: as `vae_tiling` gives it; None cuts nothing.
+        """
         scaled = latents.to(vae.dtype)
         mean, inverse_std = latent_statistics(vae, scaled)
-        return cls(vae, scaled / inverse_std + mean, [None] * vae._cached_conv_counts["decoder"])
+        frames = (scaled / inverse_std + mean)[0].transpose(0, 1)
+        return cls(vae, frames, tiling or whole_frame(*latents.shape[3:]))
 
     @property
     def total_frames(self) -> int:
-        return (self.latents.shape[2] - 1) * VAE_TEMPORAL_STRIDE + 1
+        return (len(self._latents) - 1) * VAE_TEMPORAL_STRIDE + 1
 
     def next_frames(self) -> Tensor:
-        """The next frames, float32 [count, height, width, 3] in [0, 1]. Must not be called after the last."""
-        vae = self.vae
-        latent = vae.post_quant_conv(self.latents[:, :, self.latent_frame : self.latent_frame + 1])
-        video = vae.decoder(latent, feat_cache=self.cache, feat_idx=[0], first_chunk=self.latent_frame == 0)
+        """The next frames, float32 [count, height, width, 3] in [0, 1]. Must not be called after the last.
+
+        Raises:
+            EngineError: the temporary file of tiles that do not fit into memory cannot grow.
+        """
+        latent = self._latents[self.latent_frame : self.latent_frame + 1]
+        video = self._decode(latent)
         self.latent_frame += 1
-        self.frame += video.shape[2]
-        unit = (video[0].float().clamp(-1.0, 1.0) / 2 + 0.5).clamp(0.0, 1.0)
-        frames: Tensor = unit.permute(1, 2, 3, 0).contiguous()
-        return frames
+        self.frame += len(video)
+        unit = (video.float().clamp(-1.0, 1.0) / 2 + 0.5).clamp(0.0, 1.0)
+        return unit.permute(0, 2, 3, 1).contiguous()
+
+    def _decode(self, latent: Tensor) -> Tensor:
+        if self._pasts is None:
+            return self._stream(latent)
+        stride, video = self._stride, latent.new_zeros(())
+        for index, ((top, bottom), (left, right), weight) in enumerate(self._tiles):
+            self._pasts.restore(index, self._stream.memories)
+            tile = self._stream(latent[:, :, top:bottom, left:right])
+            self._pasts.keep(index, self._stream.memories)
+            if not video.dim():
+                video = tile.new_zeros((*tile.shape[:2], latent.shape[2] * stride, latent.shape[3] * stride))
+            video[:, :, top * stride : bottom * stride, left * stride : right * stride] += tile * weight
+        return video
 
 
 def latent_statistics(vae: AutoencoderKLWan, like: Tensor) -> tuple[Tensor, Tensor]:
