@@ -42,6 +42,7 @@ from cinecat.engines.tokens.adaptive import AdaptiveTokens
 from cinecat.engines.tokens.budget import step_tokens
 from cinecat.engines.tokens.grid import Grid
 from cinecat.engines.tokens.schedule import RUNGS, rung_tokens
+from cinecat.engines.vae_tiles import Tiling
 from cinecat.engines.variants import Variant, fuse_variant
 from cinecat.engines.wardrobe import CatAdapter, Outfit, Wardrobe
 
@@ -58,6 +59,7 @@ class _Request:
     denoiser: Denoiser
     outfit: Outfit
     grid: Grid
+    tiling: Tiling  # of the VAE's frames
     tokens: AdaptiveTokens | None  # None on the uniform path
     step: int = 0
     decoder: stages.ClipDecoder | None = field(default=None)
@@ -170,6 +172,7 @@ class EngineCore:
     def _condition(self, shot: Shot, outfit: Outfit) -> Conditioned:
         model, clock = self._model, _Clock(self._model.device)
         grid = self._grid(shot)
+        tiling = stages.vae_tiling(model.vae, *shot.image.shape[:2])
         denoiser, engine = self._denoiser_for(shot, grid)
         guided = shot.guidance_scale > 1.0
         prompts = [shot.prompt, shot.negative_prompt] if guided else [shot.prompt]
@@ -189,14 +192,14 @@ class EngineCore:
             "vae_encode",
             lambda: [
                 self._cache.get(
-                    ("condition", image_key, shot.frames),
-                    lambda: stages.encode_condition(model.vae, shot.image, shot.frames),
+                    ("condition", image_key, shot.frames, tiling),
+                    lambda: stages.encode_condition(model.vae, shot.image, shot.frames, tiling),
                 )
             ],
         )[0]
         latent_shape = (1, model.vae.config.z_dim, *condition.shape[2:])
         scheduler = model.new_scheduler(shot.steps, shot.shift)
-        notes: tuple[str, ...] = (outfit.note,) if outfit.note else ()
+        notes = tuple(note for note in (outfit.note, tiling.note) if note)
         if stages.prompt_is_truncated(model, shot.prompt):
             notes += (f"prompt: cut after {stages.TEXT_TOKENS} tokens, which is all that the text encoder reads",)
         self._requests[shot.job_id] = _Request(
@@ -208,6 +211,7 @@ class EngineCore:
             denoiser=denoiser,
             outfit=outfit,
             grid=grid,
+            tiling=tiling,
             tokens=AdaptiveTokens.of(shot.cat, grid, len(scheduler.timesteps)) if shot.cat else None,
         )
         return Conditioned(tuple(clock.timings), grid.count, notes, self.residency(), engine, self._engines.building)
@@ -264,7 +268,7 @@ class EngineCore:
             raise EngineError(f"job {job_id} has {len(request.scheduler.timesteps) - request.step} steps left")
         started = time.perf_counter()
         if request.decoder is None:
-            request.decoder = stages.ClipDecoder.start(self._model.vae, request.latents)
+            request.decoder = stages.ClipDecoder.start(self._model.vae, request.latents, request.tiling)
         decoder = request.decoder
         if decoder.frame >= decoder.total_frames:
             raise EngineError(f"job {job_id} has decoded all its {decoder.total_frames} frames")

@@ -19,6 +19,8 @@ LABELS = {
     "cinecat_job_seconds": {"outcome"},
     "cinecat_stage_seconds": {"stage", "cached"},
     "cinecat_step_seconds": {"tokenization"},
+    "cinecat_engine_steps": {"engine"},
+    "cinecat_engine_building": set(),
     "cinecat_queue_depth": set(),
     "cinecat_core_restarts": set(),
     "cinecat_requests_refused": {"method", "code"},
@@ -95,6 +97,7 @@ def test_no_metric_has_a_label_that_grows_with_use(tmp_path: Path) -> None:
             await move(f.jobs, live, *PATH_TO_SUCCESS)
             f.metrics.stage(StageTime("mux", 1.0))
             f.metrics.step_seconds.labels("uniform").observe(1.0)
+            f.metrics.engine_steps.labels("torch").inc()
             f.metrics.requests_refused.labels("Generate", "NOT_FOUND").inc()
             labels: dict[str, set[str]] = {family.name: set() for family in f.registry.collect()}
             for family in f.registry.collect():
