@@ -22,7 +22,7 @@ OLDEST: Version = (10, 13)
 
 _TABLE = Path(__file__).with_name("tensorrt_operators.json")
 
-_NAMES = {
+_NAMES: dict[int, str] = {
     TensorProto.FLOAT: "FP32",
     TensorProto.FLOAT16: "FP16",
     TensorProto.BFLOAT16: "BF16",
