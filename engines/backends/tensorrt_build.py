@@ -62,8 +62,7 @@ def build(stack: WanStack, spec: EngineSpec, options: Options, folder: Path, ann
         network = builder.create_network(_network_flags())
         parser = trt.OnnxParser(network, log)
         if not parser.parse_from_file(str(graph)):
-            reasons = [parser.get_error(index).desc() for index in range(parser.num_errors)]
-            raise EngineError(f"tensorrt: cannot parse the graph: {'; '.join(reasons[:_SHOWN]) or log.told()}")
+            raise EngineError(f"tensorrt: cannot parse the graph: {_reasons(parser) or log.told()}")
         config = _configure(builder, network, spec, options)
         monitor = _Monitor(announce)
         config.progress_monitor = monitor
@@ -73,6 +72,10 @@ def build(stack: WanStack, spec: EngineSpec, options: Options, folder: Path, ann
     with (folder / PLAN).open("wb") as file:
         file.write(plan)
     _keep(cache, timings)
+
+
+def _reasons(parser: trt.OnnxParser) -> str:
+    return "; ".join(parser.get_error(index).desc() for index in range(min(parser.num_errors, _SHOWN)))
 
 
 def _given(plan: trt.IHostMemory | None, log: Log) -> trt.IHostMemory:
