@@ -61,6 +61,7 @@ class TensorRt:
 
     name = "tensorrt"
     any_shape = False
+    own_weights = True
 
     def missing(self, device: torch.device) -> str | None:
         return library_missing("tensorrt", "tensorrt") or _too_old_or_new() or gpu_missing("tensorrt", device)

@@ -52,6 +52,7 @@ class TorchTensorRt:
 
     name = "torch_tensorrt"
     any_shape = False
+    own_weights = True
 
     def missing(self, device: torch.device) -> str | None:
         return library_missing("torch_tensorrt", "torch_tensorrt") or _too_old() or gpu_missing(self.name, device)

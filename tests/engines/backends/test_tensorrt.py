@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 
+from cinecat.engines.backends.choice import engine_key
 from cinecat.engines.backends.contract import GRAPH_OUTPUT, STYLE_INPUTS, Bucket, EngineSpec, Range
 from cinecat.engines.backends.export import example_inputs, export_onnx, export_program, graph_names
 from cinecat.engines.backends.operators import unsupported_in_file
@@ -117,8 +118,14 @@ def test_versions_and_gpu_and_options_enter_the_key(monkeypatch):
     }
     assert TorchTensorRt().versions()["tensorrt"] == "11.0.0.114"
     assert TorchTensorRt().versions()["torch_tensorrt"] == "2.13.0"
-    keys = [replace(SPEC, **change).as_key() for change in ({}, {"architecture": "9.0"}, {"options": ("ampere_plus",)})]
-    assert all(one != other for index, one in enumerate(keys) for other in keys[:index])
+    for backend in BACKENDS:
+        digests = {engine_key(backend, SPEC).digest}
+        for change in ({"architecture": "sm_90"}, {"options": ("ampere_plus",)}, {"buckets": BUCKETS[:1]}):
+            digests.add(engine_key(backend, replace(SPEC, **change)).digest)
+        with monkeypatch.context() as later:
+            later.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__="11.4.0"))
+            digests.add(engine_key(backend, SPEC).digest)
+        assert len(digests) == 5
 
 
 def test_options_are_read_and_others_refused():
