@@ -11,6 +11,8 @@ from cinecat.engines.backends.contract import ANY_SHAPE, Backend, Bucket, Engine
 from cinecat.engines.backends.inductor import Inductor
 from cinecat.engines.backends.onnx_runtime import OnnxRuntime
 from cinecat.engines.backends.store_key import EngineKey, KeyValue
+from cinecat.engines.backends.tensorrt import TensorRt
+from cinecat.engines.backends.torch_tensorrt import TorchTensorRt
 from cinecat.engines.checkpoint import Checkpoint, read_json
 from cinecat.engines.errors import ModelError, SettingError
 from cinecat.engines.tokens.grid import Grid
@@ -22,7 +24,7 @@ TORCH = "torch"
 AUTO = "auto"
 """The fastest backend whose engine is built already, else TORCH."""
 
-BACKENDS: tuple[Backend, ...] = (OnnxRuntime(), Inductor())
+BACKENDS: tuple[Backend, ...] = (TensorRt(), TorchTensorRt(), OnnxRuntime(), Inductor())
 """Those that build something, the one to be preferred first."""
 
 _ROWS = Range(1, 1, 2)
