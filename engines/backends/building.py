@@ -57,10 +57,11 @@ def build_engine(config: CoreConfig, announce: Callable[[str], object]) -> Built
     Raises:
         EngineError, ModelError: it cannot be built; which setting is why.
     """
-    from cinecat.engines.backends.choice import engine_key, find_backend
+    from cinecat.engines.backends.choice import check_sizes, engine_key, find_backend
     from cinecat.engines.backends.loading import load_stack
 
     backend = find_backend(config.engine)
+    check_sizes(backend, config.engine_sizes)
     announce("loading the transformer")
     stack, spec = load_stack(config)
     if problem := backend.missing(stack.device):

@@ -71,6 +71,15 @@ def engine_spec(
     )
 
 
+def check_sizes(backend: Backend, sizes: tuple[tuple[int, int, int], ...]) -> None:
+    """Raises SettingError where a backend's engines have fixed shapes and no size is set to build them for."""
+    if not backend.any_shape and not sizes:
+        raise SettingError(
+            f"engine_sizes: {backend.name} builds for fixed sizes; name those that are asked for, e.g. 832x480x81 "
+            "(--size of cinecat engines build)"
+        )
+
+
 def engine_key(backend: Backend, spec: EngineSpec) -> EngineKey:
     """What an engine is known by in the cache: all that it is built from and with."""
     fields = {name: _plain(value) for name, value in spec.as_key().items() if name != "buckets"}

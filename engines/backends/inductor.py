@@ -89,12 +89,12 @@ class _BlockFunction(nn.Module):
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
         # Not as a submodule, whose weights would be constants of the program.
-        self.__dict__["block"] = block
+        self._block = (block,)
         self.names = [name for name, _ in block.named_parameters()]
 
     def forward(self, weights: list[Tensor], tokens: Tensor, rest: tuple[Any, ...]) -> Tensor:
         given = dict(zip(self.names, weights, strict=True))
-        output: Tensor = torch.func.functional_call(self.block, given, (tokens, *rest))
+        output: Tensor = torch.func.functional_call(self._block[0], given, (tokens, *rest))
         return output
 
 

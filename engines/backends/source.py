@@ -6,11 +6,11 @@ import logging
 import shlex
 
 from cinecat.engines.backends.building import BackgroundBuild, open_store
-from cinecat.engines.backends.choice import AUTO, BACKENDS, TORCH, engine_key, find_backend
+from cinecat.engines.backends.choice import AUTO, BACKENDS, TORCH, check_sizes, engine_key, find_backend
 from cinecat.engines.backends.contract import Backend, Engine, EngineSpec
 from cinecat.engines.backends.stack import WanStack
 from cinecat.engines.backends.torch_eager import TorchEngine
-from cinecat.engines.errors import EngineCacheError, EngineError, ModelError
+from cinecat.engines.errors import EngineCacheError, EngineError, ModelError, SettingError
 from cinecat.engines.memory import available_bytes
 from cinecat.engines.messages import CoreConfig
 
@@ -45,6 +45,10 @@ class EngineSource:
         self._backend = find_backend(config.engine)
         if problem := self._backend.missing(stack.device):
             raise ModelError(f"engine: {problem}")
+        try:
+            check_sizes(self._backend, config.engine_sizes)
+        except SettingError as error:
+            raise ModelError(str(error)) from error
         if self._take(self._backend):
             return
         if config.missing_engine == "refuse" or not self._torch_may_stay(self._backend):
@@ -107,7 +111,7 @@ class EngineSource:
 
     def _take_best(self) -> None:
         for backend in BACKENDS:
-            if backend.missing(self._stack.device) is None:
+            if backend.missing(self._stack.device) is None and (backend.any_shape or self._config.engine_sizes):
                 try:
                     if self._take(backend):
                         return

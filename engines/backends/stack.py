@@ -90,7 +90,8 @@ class WanStackBlock(nn.Module):
         inner = worn.add("ffn.net.0.proj", hidden, _apply(self.up, hidden))
         inner = F.gelu(inner, approximate="tanh")
         output = worn.add("ffn.net.2", inner, _apply(self.down, inner))
-        return (tokens.float() + output.float() * ffn_gate).type_as(tokens)
+        summed: Tensor = (tokens.float() + output.float() * ffn_gate).type_as(tokens)
+        return summed
 
     def release(self) -> None:
         """Frees the weights, the diffusers block's too."""
@@ -103,7 +104,7 @@ class WanStackBlock(nn.Module):
 
     def _heads(self, states: Tensor) -> Tensor:
         """[rows, n, dim] to [rows, n, heads, head_dim]."""
-        return states.unflatten(-1, (self.heads, -1))
+        return states.view(*states.shape[:-1], self.heads, -1)
 
 
 class _Worn:
@@ -155,6 +156,7 @@ class WanStack(nn.Module):
         run afterwards.
         """
         for block in self.blocks:
+            assert isinstance(block, WanStackBlock)
             block.release()
 
     def forward(self, inputs: StackInputs) -> Tensor:
@@ -210,7 +212,7 @@ def _apply(linear: Any, given: Tensor) -> Tensor:
 
 def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates each pair of neighbouring channels of [rows, n, heads, head_dim] by its token's angle."""
-    even, odd = states.unflatten(-1, (-1, 2)).unbind(-1)
+    even, odd = states.view(*states.shape[:-1], -1, 2).unbind(-1)
     cos, sin = cos[:, :, None], sin[:, :, None]
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(states)
 

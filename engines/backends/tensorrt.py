@@ -3,8 +3,8 @@
 One engine does all of it, plain and styled, since every engine has weights of its own. It is never refittable: styles
 are inputs, a refittable engine is slower, and TensorRT 11.3's notes warn of wrong results after a refit.
 
-TensorRT itself is imported only by what builds and runs, `tensorrt_build` and `tensorrt_engine`. Every call there is
-in the Python bindings of 10.13.0, of 11.0.0 and of 11.4.0.
+TensorRT itself is imported only by what builds and runs, `tensorrt_build` and `tensorrt_engine`. The calls
+that build and run are in the Python bindings of 10.13.0, of 11.0.0 and of 11.4.0; none has been run here.
 """
 
 from __future__ import annotations

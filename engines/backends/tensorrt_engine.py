@@ -110,7 +110,7 @@ class TensorRtEngine:
 
 
 class _SizedForward:
-    """Forwards of one size: a context with its shapes set once, and from the third forward on one CUDA graph."""
+    """Forwards of one size: a context with its shapes set once, and from the second forward on one CUDA graph."""
 
     def __init__(
         self,
