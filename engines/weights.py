@@ -102,7 +102,7 @@ def _read(file: BinaryIO, entry: TensorEntry, target: Tensor, buffer: Tensor) ->
 
 
 def _fill_bytes(file: BinaryIO, tensor: Tensor) -> None:
-    rest = memoryview(tensor.view(torch.uint8).numpy())
+    rest = tensor.view(torch.uint8).numpy().data
     while rest:
         count = file.readinto(rest)  # type: ignore[attr-defined]
         if not count:

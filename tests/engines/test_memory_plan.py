@@ -76,8 +76,7 @@ def test_a_clip_that_no_model_makes_is_refused(wrong: tuple[int, ...], message: 
         Clip(*wrong)
 
 
-def test_activations_hold_what_a_block_holds_at_its_peak(checkpoint: Checkpoint) -> None:
-    """Per token and channel, in each dtype; the profiler's count is for feed-forwards of 2.7 dim, as Wan's are."""
+def test_activations_grow_with_the_tokens_and_shrink_with_the_dtype(checkpoint: Checkpoint) -> None:
     sizes = ModelSizes.of(checkpoint)
     wide, tall = (plan_memory(sizes, clip, torch.float32, 2, 8) for clip in (SMALL, Clip(64, 128, 9)))
     assert tall.activations == 2 * wide.activations
