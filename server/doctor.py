@@ -41,6 +41,7 @@ def _doctor(
     except SettingsError as error:
         raise _refused(f"{error}") from error
     try:
+        from cinecat.engines.backends.store_folder import default_engine_folder
         from cinecat.engines.doctor import Asked, diagnose
         from cinecat.engines.memory_plan import Clip
     except ModuleNotFoundError as error:
@@ -70,7 +71,7 @@ def _doctor(
             max_rank=settings.max_rank,
             clip=clip,
         ),
-        {"data_dir": settings.data_dir, "engine cache": _engine_cache()},
+        {"data_dir": settings.data_dir, "engine cache": default_engine_folder()},
     )
     if as_json:
         out.show_json(found.as_json())
@@ -81,10 +82,6 @@ def _doctor(
 
 
 doctor = with_setting_flags(_doctor)
-
-
-def _engine_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cinecat" / "engines"
 
 
 def _refused(message: str) -> typer.Exit:
