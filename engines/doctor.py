@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from cinecat.engines.backends.available import BACKENDS
+from cinecat.engines.backends.choice import BACKENDS, TORCH
 from cinecat.engines.checkpoint import BUNDLED_MODEL, Checkpoint, find_checkpoint
 from cinecat.engines.errors import ModelError
 from cinecat.engines.memory import available_bytes, in_words, total_bytes
@@ -78,6 +78,7 @@ class Asked:
     model_variant: str
     device: str
     dtype: str
+    engine: str
     style_slots: int
     max_rank: int
     clip: Clip
@@ -152,10 +153,13 @@ def diagnose(asked: Asked, folders: dict[str, Path]) -> Diagnosis:
     except ModelError as error:
         problems.append(str(error))
     place = device or torch.device("cpu")
+    backends = {TORCH: None, **{backend.name: backend.missing(place) for backend in BACKENDS}}
+    if reason := backends.get(asked.engine):
+        problems.append(f"engine: {reason}")
     return Diagnosis(
         machine=machine,
         disks=disks,
-        backends={name: missing(place) for name, missing in BACKENDS.items()},
+        backends=backends,
         model=asked.model,
         device=str(device or ""),
         dtype=str(dtype or "").removeprefix("torch."),

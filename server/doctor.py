@@ -41,7 +41,6 @@ def _doctor(
     except SettingsError as error:
         raise _refused(f"{error}") from error
     try:
-        from cinecat.engines.backends.store_folder import default_engine_folder
         from cinecat.engines.doctor import Asked, diagnose
         from cinecat.engines.memory_plan import Clip
     except ModuleNotFoundError as error:
@@ -67,11 +66,12 @@ def _doctor(
             model_variant="" if settings.model_variant is None else str(settings.model_variant),
             device=settings.device,
             dtype=settings.dtype,
+            engine=settings.engine,
             style_slots=settings.style_slots,
             max_rank=settings.max_rank,
             clip=clip,
         ),
-        {"data_dir": settings.data_dir, "engine cache": default_engine_folder()},
+        {"data_dir": settings.data_dir, "engine_cache_dir": settings.engine_cache_dir},
     )
     if as_json:
         out.show_json(found.as_json())

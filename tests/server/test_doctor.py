@@ -15,7 +15,6 @@ from typer.testing import CliRunner
 
 from cinecat.engines import doctor as engines_doctor
 from cinecat.engines import memory
-from cinecat.engines.backends import available
 from cinecat.server.doctor import doctor
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="tells what a machine without a GPU is told")
@@ -48,7 +47,7 @@ def test_wan_tiny_would_be_served_here() -> None:
     assert found["serves"]
     assert found["problems"] == []
     assert found["memory"]["needed"] < found["available_bytes"]
-    assert found["backends"].keys() == available.BACKENDS.keys()
+    assert found["backends"].keys() == {"torch", "inductor", "onnxruntime", "tensorrt", "torch_tensorrt"}
     assert found["backends"]["torch"] is None
     assert found["machine"]["memory_bytes"] >= found["machine"]["available_bytes"] > 0
 
@@ -122,16 +121,16 @@ def test_wrong_arguments_are_told_with_exit_code_2(arguments: tuple[str, ...], w
 
 def test_a_missing_compiler_is_named_with_what_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
-    assert "apt-get install g++" in f"{available.inductor_missing(torch.device('cpu'))}"
-
-
-def test_a_missing_package_is_named_with_what_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(available.importlib.util, "find_spec", lambda name: None)
-    cuda = torch.device("cuda")
-    assert available.onnxruntime_missing(cuda) == "onnxruntime: onnxruntime is missing; pip install 'cinecat[onnx]'"
-    assert available.tensorrt_missing(cuda) == "tensorrt: tensorrt is missing; pip install 'cinecat[tensorrt]'"
+    assert "apt-get install g++" in findings("--device", "cpu")["backends"]["inductor"]
 
 
 @NO_GPU
-def test_tensorrt_says_that_it_needs_a_gpu() -> None:
-    assert "needs an NVIDIA GPU" in findings()["backends"]["tensorrt"]
+@pytest.mark.parametrize("backend", ["tensorrt", "torch_tensorrt"])
+def test_a_backend_that_cannot_run_says_why(backend: str) -> None:
+    assert findings()["backends"][backend].startswith(f"{backend}: ")
+
+
+@NO_GPU
+def test_an_engine_that_was_chosen_and_cannot_run_is_a_problem() -> None:
+    found = findings("--engine", "tensorrt")
+    assert found["problems"] == [f"engine: {found['backends']['tensorrt']}"]
