@@ -15,6 +15,7 @@ BUNDLED_MODEL = "wan-tiny"
 _BUNDLED_FOLDER = Path(__file__).parent / "models" / BUNDLED_MODEL
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_WEIGHT_STEMS = ("diffusion_pytorch_model", "model")
 _WEIGHTED = ("text_encoder", "image_encoder", "transformer", "vae")
 _REQUIRED_FILES = {
     "tokenizer": "tokenizer_config.json",
@@ -102,11 +103,23 @@ def _missing(folder: Path) -> list[str]:
 
 def _missing_weights(part: Path) -> list[str]:
     """Shards that an index names, or any safetensors file at all. Pickled weights do not count."""
-    indexes = list(part.glob("*.safetensors.index.json"))
-    if indexes:
-        shards = set(read_json(indexes[0]).get("weight_map", {}).values())
-        return [f"{part.name}/{shard}" for shard in sorted(shards) if not (part / shard).is_file()]
-    return [] if any(part.glob("*.safetensors")) else [f"{part.name}/*.safetensors"]
+    files = weight_files(part)
+    return [f"{part.name}/{file.name}" for file in files if not file.is_file()] or (
+        [] if files else [f"{part.name}/*.safetensors"]
+    )
+
+
+def weight_files(part: Path) -> tuple[Path, ...]:
+    """The files that hold a part's weights: the shards that its index names, there or not, or the file of the usual
+    name, or else all safetensors files. Raises ModelError when the index cannot be read.
+    """
+    for stem in _WEIGHT_STEMS:
+        index = part / f"{stem}.safetensors.index.json"
+        if index.is_file():
+            return tuple(part / shard for shard in sorted(set(read_json(index).get("weight_map", {}).values())))
+        if (single := part / f"{stem}.safetensors").is_file():
+            return (single,)
+    return tuple(sorted(part.glob("*.safetensors")))
 
 
 def read_json(path: Path) -> dict[str, Any]:

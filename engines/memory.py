@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -45,12 +46,23 @@ def check_slots_fit(memory: SlotMemory) -> None:
         return
     raise ModelError(
         f"style_slots, max_rank: {memory.style_slots} slots of rank {memory.max_rank} take "
-        f"{_gib(memory.size_bytes)} of memory, {memory.device} has {_gib(available)} left; lower one of them"
+        f"{in_words(memory.size_bytes)} of memory, {memory.device} has {in_words(available)} left; lower one of them"
     )
 
 
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB"
+def in_words(size: int) -> str:
+    """Bytes for people."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**29 else f"{size / 2**20:.1f} MiB"
+
+
+def total_bytes() -> int | None:
+    """The host's memory, within the limit of a container; None where that cannot be told."""
+    known = []
+    with contextlib.suppress(OSError, ValueError):
+        known.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    with contextlib.suppress(OSError, ValueError):  # "max" is no number
+        known.append(int((_CGROUP / "memory.max").read_text()))
+    return min(known, default=None)
 
 
 def _host_bytes() -> int | None:

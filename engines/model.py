@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
-from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPVisionModel, UMT5EncoderModel
+from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 from transformers.utils import logging as transformers_logging
 
 from cinecat.engines.checkpoint import Checkpoint, read_json
 from cinecat.engines.errors import ModelError
 from cinecat.engines.vae import lay_out
+from cinecat.engines.weights import fill, without_weights
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -89,7 +92,7 @@ def load_encoders(checkpoint: Checkpoint, device: str, dtype: str) -> WanEncoder
         device=place,
         dtype=kind,
         tokenizer=_load(checkpoint, AutoTokenizer, "tokenizer"),
-        text_encoder=_module(checkpoint, UMT5EncoderModel, "text_encoder", place, kind),
+        text_encoder=_text_encoder(checkpoint, place, kind),
         image_processor=_load(checkpoint, CLIPImageProcessorPil, "image_processor"),
         image_encoder=_module(checkpoint, CLIPVisionModel, "image_encoder", place, torch.float32),
         vae=load_vae(checkpoint, device),
@@ -99,7 +102,11 @@ def load_encoders(checkpoint: Checkpoint, device: str, dtype: str) -> WanEncoder
 def load_transformer(checkpoint: Checkpoint, device: str, dtype: str) -> WanTransformer3DModel:
     """Loads the transformer alone, frozen and in eval mode; arguments and errors as `load_model`."""
     place = find_device(device)
-    return _module(checkpoint, WanTransformer3DModel, "transformer", place, find_dtype(dtype, place))
+    folder = checkpoint.folder / "transformer"
+    config = read_json(folder / "config.json")
+    transformer: WanTransformer3DModel = _empty(folder, lambda: WanTransformer3DModel.from_config(config))
+    fill(transformer, folder, place, find_dtype(dtype, place), WanTransformer3DModel._keep_in_fp32_modules)
+    return transformer
 
 
 def load_vae(checkpoint: Checkpoint, device: str) -> AutoencoderKLWan:
@@ -124,6 +131,24 @@ def schedule_shift(checkpoint: Checkpoint) -> float:
     """Shift of a checkpoint's noise schedule. Raises ModelError when its scheduler is not known."""
     scheduler_class, config = _scheduler(checkpoint)
     return float(config.get(_shift_key(scheduler_class), 1.0))
+
+
+def _text_encoder(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> UMT5EncoderModel:
+    folder = checkpoint.folder / "text_encoder"
+    config = _load(checkpoint, UMT5Config, "text_encoder")
+    encoder: UMT5EncoderModel = _empty(folder, lambda: UMT5EncoderModel(config))
+    # transformers keeps these from float16 alone, whose range they exceed.
+    fill(encoder, folder, device, dtype, encoder._keep_in_fp32_modules if dtype == torch.float16 else ())
+    return encoder
+
+
+def _empty(folder: Path, build: Callable[[], Any]) -> Any:
+    """A module in eval mode that has no weights yet."""
+    try:
+        with without_weights():
+            return build().eval()
+    except (ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise ModelError(f"model: {folder} cannot be loaded: {error}") from error
 
 
 def _load(checkpoint: Checkpoint, cls: Any, name: str, **options: Any) -> Any:

@@ -54,9 +54,9 @@ def _refuse(message: str) -> Any:
     raise typer.Exit(2)
 
 
-def _with_setting_flags(command: Any) -> Any:
+def with_setting_flags(command: Any) -> Any:
     """Gives a command one option for each setting, so that flags, environment and file cannot drift apart."""
-    signature = inspect.signature(command)
+    signature = inspect.signature(command, eval_str=True)  # typer leaves the options of unevaluated ones out
     own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
     options = []
     for name, field in Settings.model_fields.items():
@@ -72,7 +72,7 @@ def _with_setting_flags(command: Any) -> Any:
     return command
 
 
-serve = _with_setting_flags(_serve)
+serve = with_setting_flags(_serve)
 
 
 def bench(

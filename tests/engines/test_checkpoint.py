@@ -97,7 +97,7 @@ def test_changed_weights_change_the_fingerprint(copy: Path) -> None:
 def test_damaged_weights_are_refused_with_their_folder(copy: Path) -> None:
     weights = copy / "transformer" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(ModelError, match="transformer cannot be loaded"):
+    with pytest.raises(ModelError, match=r"transformer/\S* cannot be loaded"):
         load_model(find_checkpoint(str(copy)), "cpu", "auto")
 
 

@@ -177,3 +177,11 @@ def test_serve_refuses_bad_settings_with_exit_code_2() -> None:
     result = CliRunner().invoke(app, ["--max-steps", "0"])
     assert result.exit_code == 2
     assert "cinecat serve: --max-steps: " in result.stderr
+
+
+@pytest.mark.usefixtures("bare_environment")
+def test_the_file_of_settings_may_come_from_the_environment(toml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CINECAT_CONFIG", str(toml))
+    app = typer.Typer()
+    app.command()(serve)
+    assert json.loads(CliRunner().invoke(app, ["--print-config"]).stdout)["max_queue"] == 11

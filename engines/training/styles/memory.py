@@ -6,33 +6,32 @@ held-out clips, the VAE's decoder stays with the transformer.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from cinecat.engines.checkpoint import Checkpoint, read_json
-from cinecat.engines.errors import ModelError, OutOfMemory
+from cinecat.engines.errors import OutOfMemory
+from cinecat.engines.memory import in_words
+from cinecat.engines.memory_plan import (
+    VAE_DECODER_MAPS,
+    VAE_ENCODER_MAPS,
+    empty_transformer,
+    image_tokens,
+    numbers,
+    parameter_bytes,
+)
 from cinecat.engines.messages import VAE_TEMPORAL_STRIDE
 from cinecat.engines.stages import TEXT_TOKENS
 from cinecat.engines.training.styles.clips import ClipShape
 from cinecat.engines.training.styles.recipe import StyleRecipe
 from cinecat.engines.training.styles.trainer import add_lora
-from cinecat.plugins.errors import LoraError
-from cinecat.plugins.safetensors_header import read_header
-
-_VAE_MAPS = 50
-"""Full-size feature maps of the VAE's first level, a frame each, that its encoder holds at its peak: of four frames the
-input, padding and output of a convolution and its workspace, and two cached frames for each; found by measuring."""
-
-_DECODER_MAPS = 56
-"""Likewise of its decoder: 51 in tensors, and what a convolution works with; measured on a CPU at 128 to 256 pixels."""
 
 
 @dataclass(frozen=True)
@@ -108,13 +107,13 @@ def estimate_memory(
     feature_map = int(vae.get("base_dim", 96)) * shape.width * shape.height * 4
     weights, lora, activations = _training(folder, shape, recipe, dtype, shards)
     return TrainingMemory(
-        encoders=sum(_numbers(folder / part) * kind.itemsize for part, kind in encoders.items()),
-        encoding=_VAE_MAPS * feature_map,
+        encoders=sum(numbers(folder / part) * kind.itemsize for part, kind in encoders.items()),
+        encoding=VAE_ENCODER_MAPS * feature_map,
         transformer=weights,
         lora=lora,
         activations=activations,
-        decoder=_numbers(folder / "vae", ("decoder.", "post_quant_conv.")) * 4 if lpips else 0,
-        decoding=_DECODER_MAPS * feature_map if lpips else 0,
+        decoder=numbers(folder / "vae", ("decoder.", "post_quant_conv.")) * 4 if lpips else 0,
+        decoding=VAE_DECODER_MAPS * feature_map if lpips else 0,
     )
 
 
@@ -139,41 +138,19 @@ def check_memory(memory: TrainingMemory, available: int | None, device: str, pro
     )
 
 
-def in_words(size: int) -> str:
-    """Bytes for people."""
-    return f"{size / 2**30:.2f} GiB" if size >= 2**29 else f"{size / 2**20:.1f} MiB"
-
-
-def _numbers(part: Path, prefixes: tuple[str, ...] = ("",)) -> int:
-    """Numbers in a part's weight files, of tensors whose names begin so."""
-    total = 0
-    for path in sorted(part.glob("*.safetensors")):
-        try:
-            with path.open("rb") as file:
-                tensors = read_header(file).tensors.items()
-                total += sum(math.prod(entry.shape) for name, entry in tensors if name.startswith(prefixes))
-        except (OSError, LoraError) as error:
-            raise ModelError(f"model: {path} cannot be read: {error}") from error
-    return total
-
-
 def _training(
     folder: Path, shape: ClipShape, recipe: StyleRecipe, dtype: torch.dtype, shards: int
 ) -> tuple[int, int, int]:
     """Bytes of the transformer's share, of the LoRA with its optimiser, and of activations."""
+    transformer = empty_transformer(read_json(folder / "transformer" / "config.json"), dtype)
+    weights = parameter_bytes(transformer)
     with torch.device("meta"):  # shapes and dtypes alone
-        transformer = WanTransformer3DModel.from_config(read_json(folder / "transformer" / "config.json"))
-        kept = set(transformer._keep_in_fp32_modules or ())
-        for name, parameter in transformer.named_parameters():
-            if not kept & set(name.split(".")):
-                parameter.data = parameter.data.to(dtype)
-        weights = _bytes(transformer)
-        largest = max(_bytes(block) for block in transformer.blocks)
+        largest = max(parameter_bytes(block) for block in transformer.blocks)
         added = add_lora(transformer, recipe)
         for parameter in added:
             parameter.data = parameter.data.to(dtype)  # as autocast would for each use
         lora = sum(parameter.numel() for parameter in added)
-        saved, passed, working = _block(transformer, _image_tokens(folder), shape, dtype)
+        saved, passed, working = _block(transformer, image_tokens(folder), shape, dtype)
     layers = len(transformer.blocks)
     kept_blocks = 1 if recipe.checkpoint_activations else layers
     # A sharded block is gathered whole while it computes.
@@ -232,12 +209,3 @@ class _Fused(torch.autograd.Function):
 
 def _storage(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
-
-
-def _bytes(module: nn.Module) -> int:
-    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
-
-
-def _image_tokens(folder: Path) -> int:
-    config = read_json(folder / "image_encoder" / "config.json")
-    return int(config["image_size"] // config["patch_size"]) ** 2 + 1

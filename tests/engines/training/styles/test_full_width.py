@@ -9,10 +9,10 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 
+from cinecat.engines.memory import in_words
 from cinecat.engines.training.progress import Journal
 from cinecat.engines.training.styles import trainer
 from cinecat.engines.training.styles.encoded import EncodedClip
-from cinecat.engines.training.styles.memory import in_words
 from cinecat.engines.training.styles.recipe import StyleRecipe
 from cinecat.engines.training.styles.trainer import train_style
 
