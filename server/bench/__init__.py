@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from cinecat.server.bench.engines import bench_engines
 from cinecat.server.bench.harness import Report
 from cinecat.server.bench.model import bench_model
 from cinecat.server.bench.rank import bench_rank
@@ -16,4 +17,5 @@ BENCHES: Mapping[str, Callable[[bool, Path | None], Report]] = {
     "rank": bench_rank,
     "styles": bench_styles,
     "tokens": bench_tokens,
+    "engines": bench_engines,
 }
