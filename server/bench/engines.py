@@ -14,21 +14,18 @@ from __future__ import annotations
 
 import statistics
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from PIL import Image
-
+from cinecat.server.bench.engine_clips import STAGES, measure_clips
 from cinecat.server.bench.harness import Check, Report, interleave, mean_check, ratio_check
-from cinecat.server.bench.serve import load_reference, run_reference
+from cinecat.server.bench.serve import load_reference
 
 if TYPE_CHECKING:
     from cinecat.engines.backends.study import BackendFacts
-    from cinecat.engines.messages import CoreConfig, Shot
+    from cinecat.engines.messages import CoreConfig
 
 UNIFORM, FULL_CONTEXT, CAT = "uniform", "uniform_full_context", "cat_050"
 """Steps of ours, as the engines name them."""
@@ -38,8 +35,6 @@ WITHOUT_GAIN = "_without_context_gain"
 _DIFFUSERS = "diffusers"
 _PAIRS, _QUICK_PAIRS, _QUICK_CLIPS = 15, 5, 3
 _BEST_GOAL, _WORST_GOAL, _CLIP_GOAL, _FRAMES_GOAL = 0.7, 1.0, 0.75, "<= 0.002"
-_STAGES = ("text_encode", "image_encode", "vae_encode", "steps", "decode")
-_PROMPT = "shot number {number} of a cat that looks up"
 
 
 @dataclass(frozen=True)
@@ -122,7 +117,7 @@ def measure(work: EnginesWork, pairs: int, clips: int, warm_up: int) -> Report:
         }
         steps[size.name] = interleave(timed, pairs, warm_up)
     best = best_backend(steps, work.main.name, UNIFORM)
-    clip, frames_difference = _measure_clips(work, config, pipeline, best, clips, warm_up)
+    clip, frames_difference = measure_clips(work, config, pipeline, best, clips, warm_up)
     return report_of(
         work,
         steps,
@@ -178,7 +173,7 @@ def report_of(
     checks["clip_max_abs_difference"] = mean_check([frames_difference], _FRAMES_GOAL)
     engine = best_backend(steps, work.main.name, UNIFORM)
     judged.append({"check": "clip_ratio_vs_diffusers", "backend": engine, "size": work.main.name})
-    stages = [{"clip_stage": stage, "median_ms": 1e3 * statistics.median(clip[f"ours_{stage}_s"])} for stage in _STAGES]
+    stages = [{"clip_stage": stage, "median_ms": 1e3 * statistics.median(clip[f"ours_{stage}_s"])} for stage in STAGES]
     samples: dict[str, Sequence[float]] = {
         f"{size}_{name}_s": values for size, sides in steps.items() for name, values in sides.items()
     }
@@ -267,67 +262,6 @@ def _facts(facts: BackendFacts) -> dict[str, Any]:
         return {"left_out": facts.left_out}
     size = None if facts.size_bytes is None else facts.size_bytes / 2**20
     return {"build_seconds": facts.build_seconds, "engine_mib": size}
-
-
-def _measure_clips(
-    work: EnginesWork, config: CoreConfig, pipeline: Any, backend: str, clips: int, warm_up: int
-) -> tuple[dict[str, list[float]], float]:
-    """Seconds of clips and of our stages, and the largest difference between both sides' frames."""
-    from cinecat.engines.backends.study import FullContextCore, run_clip
-    from cinecat.engines.checkpoint import find_checkpoint
-    from cinecat.engines.core import EngineCore
-
-    config = replace(config, engine=backend, missing_engine="refuse")
-    checkpoint = find_checkpoint(work.model)
-    core, full_context = EngineCore(checkpoint, config), FullContextCore(checkpoint, config)
-    stages: dict[str, list[float]] = {f"ours_{stage}_s": [] for stage in _STAGES}
-
-    def ours(number: int) -> float:
-        started = time.perf_counter()
-        _, seconds = run_clip(core, _shot(work, number))
-        total = time.perf_counter() - started
-        if number >= 0:
-            for stage in _STAGES:
-                stages[f"ours_{stage}_s"].append(seconds[stage])
-        return total
-
-    def without_gain(number: int) -> float:
-        started = time.perf_counter()
-        run_clip(full_context, _shot(work, number))
-        return time.perf_counter() - started
-
-    def reference(shot: Shot) -> np.ndarray[Any, np.dtype[np.float32]]:
-        image = Image.fromarray(shot.image)
-        return run_reference(pipeline, image, shot.prompt, shot.frames, shot.steps, shot.guidance_scale, shot.seed)
-
-    def theirs(number: int) -> float:
-        started = time.perf_counter()
-        reference(_shot(work, number))
-        return time.perf_counter() - started
-
-    apart = _shot(work, -warm_up - 1)
-    difference = float(np.abs(run_clip(core, apart)[0].cpu().numpy() - reference(apart)).max())
-    samples = interleave({"diffusers_s": theirs, "ours_s": ours, "full_context_s": without_gain}, clips, warm_up)
-    return {**samples, **stages}, difference
-
-
-def _shot(work: EnginesWork, number: int) -> Shot:
-    """A request for a fresh image with a fresh prompt."""
-    from cinecat.engines.messages import Shot
-
-    size = work.main
-    image = np.random.default_rng(number + 1000).integers(0, 256, (size.height, size.width, 3), dtype=np.uint8)
-    return Shot(
-        job_id="bench",
-        image=image,
-        prompt=_PROMPT.format(number=number),
-        negative_prompt="",
-        frames=size.frames,
-        steps=work.steps,
-        guidance_scale=work.guidance_scale,
-        seed=number + 1000,
-        styles=(),
-    )
 
 
 def _config(work: EnginesWork) -> CoreConfig:

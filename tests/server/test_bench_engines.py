@@ -14,6 +14,7 @@ from cinecat.engines.backends.study import BackendFacts, FullContext
 from cinecat.engines.checkpoint import find_checkpoint
 from cinecat.engines.context import Branch
 from cinecat.engines.model import load_transformer
+from cinecat.engines.slots import NO_STYLE
 from cinecat.engines.tiny import build_tiny
 from cinecat.server.bench import engines
 from cinecat.server.bench.engines import EnginesWork, Size, draw, measure, report_of
@@ -120,8 +121,6 @@ def test_without_the_gain_every_position_is_projected_whenever_keys_are_asked_fo
     text = torch.randn(1, 512, MICRO.text_dim)
     text[:, 3:] = 0.0
     image = torch.randn(1, 5, MICRO.image_dim)
-    from cinecat.engines.slots import NO_STYLE
-
     plain = Branch.project(transformer.condition_embedder, text, image).keys(transformer.blocks, None, NO_STYLE)
     branch = FullContext.project(transformer.condition_embedder, text, image)
     full = branch.keys(transformer.blocks, None, NO_STYLE)
