@@ -101,6 +101,8 @@ class EngineCore:
         spec = engine_spec(checkpoint, fingerprint, transformer, config.style_slots, config.max_rank, buckets)
         self._slots = slots
         self._engines = EngineSource(WanStack(transformer), spec, config)
+        for news in self._engines.news():
+            announce(news)
         self._denoisers: dict[Engine, Denoiser] = {}
         self._cache: ContentCache[Tensor] = ContentCache(config.cache_bytes, lambda tensor: tensor.nbytes)
         adapter = CatAdapter.beside(checkpoint.folder) if variant is None else None
@@ -214,7 +216,15 @@ class EngineCore:
             tiling=tiling,
             tokens=AdaptiveTokens.of(shot.cat, grid, len(scheduler.timesteps)) if shot.cat else None,
         )
-        return Conditioned(tuple(clock.timings), grid.count, notes, self.residency(), engine, self._engines.building)
+        return Conditioned(
+            tuple(clock.timings),
+            grid.count,
+            notes,
+            self.residency(),
+            engine,
+            self._engines.building,
+            self._engines.news(),
+        )
 
     @torch.inference_mode()
     def step(self, job_id: str) -> Stepped:

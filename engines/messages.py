@@ -229,7 +229,14 @@ class VariantFused:
     ignored: int
 
 
-Notice: TypeAlias = SlotMemory | VariantFused
+@dataclass(frozen=True)
+class EngineNews:
+    """What became of the engine, in a sentence for the log. Comes before Ready, and later with Conditioned."""
+
+    sentence: str
+
+
+Notice: TypeAlias = SlotMemory | VariantFused | EngineNews
 
 
 @dataclass(frozen=True)
@@ -257,6 +264,7 @@ class Conditioned:
         resident: what is in the slots now.
         engine: the backend that all steps of the request will run on.
         engine_building: whether that is torch because the one that the settings name is being built.
+        news: what became of the engine since the last answer.
     """
 
     timings: tuple[StageTime, ...]
@@ -265,6 +273,7 @@ class Conditioned:
     resident: tuple[ResidentStyle, ...] = ()
     engine: str = "torch"
     engine_building: bool = False
+    news: tuple[EngineNews, ...] = ()
 
 
 @dataclass(frozen=True)

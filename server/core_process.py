@@ -22,6 +22,7 @@ from cinecat.engines.messages import (
     Call,
     CoreConfig,
     Decoded,
+    EngineNews,
     Failure,
     FrameDtype,
     ModelInfo,
@@ -151,8 +152,8 @@ class CoreProcess:
     def _loaded(self) -> ModelInfo:
         """Waits until the model is there, and is the one that it was before."""
         answer = self._receive()
-        while isinstance(answer, SlotMemory | VariantFused):
-            _tell(answer)
+        while isinstance(answer, SlotMemory | VariantFused | EngineNews):
+            tell(answer)
             answer = self._receive()
         model = _expect(answer, Ready).model
         if self._fingerprint not in ("", model.fingerprint):
@@ -213,7 +214,8 @@ class CoreProcess:
         return await asyncio.get_running_loop().run_in_executor(self._caller, work)
 
 
-def _tell(notice: Notice) -> None:
+def tell(notice: Notice) -> None:
+    """Logs what the core has to say."""
     match notice:
         case SlotMemory():
             log.info(
@@ -224,6 +226,8 @@ def _tell(notice: Notice) -> None:
                 device=notice.device,
                 available_bytes=notice.available_bytes,
             )
+        case EngineNews():
+            log.warning("engine", news=notice.sentence)
         case VariantFused():
             log.info("model variant", file=notice.name, parameters=notice.parameters, ignored_tensors=notice.ignored)
 

@@ -29,7 +29,7 @@ from cinecat.engines.messages import (
 )
 from cinecat.engines.tokens.budget import step_tokens
 from cinecat.server.artifacts import ArtifactError, ArtifactFormat, ArtifactInfo, ArtifactStore
-from cinecat.server.core_process import CoreProcess, FrameBuffer
+from cinecat.server.core_process import CoreProcess, FrameBuffer, tell
 from cinecat.server.costs import Costs, pixel_frames, token_rows
 from cinecat.server.inputs import JobInputs
 from cinecat.server.jobs import Jobs, LiveJob
@@ -179,6 +179,8 @@ class Rendering:
         self._stop_if_asked()
         conditioned = await r.core.call(Condition(shot), Conditioned)
         r.catalogue.activity.resident = conditioned.resident
+        for news in conditioned.news:
+            tell(news)
         r.metrics.engine_building.set(conditioned.engine_building)
         self._tally.engine = conditioned.engine
         if live.attempts == 1:

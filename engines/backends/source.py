@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shlex
 
 from cinecat.engines.backends.building import BackgroundBuild, open_store
@@ -12,9 +11,7 @@ from cinecat.engines.backends.stack import WanStack
 from cinecat.engines.backends.torch_eager import TorchEngine
 from cinecat.engines.errors import EngineCacheError, EngineError, ModelError, SettingError
 from cinecat.engines.memory import available_bytes
-from cinecat.engines.messages import CoreConfig
-
-log = logging.getLogger(__name__)
+from cinecat.engines.messages import CoreConfig, EngineNews
 
 _HEADROOM = 1.25
 """Of the memory that a second copy of the weights takes, for what building it takes besides."""
@@ -37,6 +34,7 @@ class EngineSource:
         self._torch: TorchEngine | None = TorchEngine(stack)
         self._built: Engine | None = None
         self._build: BackgroundBuild | None = None
+        self._news: list[EngineNews] = []
         if config.engine == TORCH:
             return
         if config.engine == AUTO:
@@ -57,7 +55,7 @@ class EngineSource:
                 f"{build_command(config)}; or set missing_engine to torch, to serve meanwhile from a second copy of "
                 "the weights"
             )
-        log.warning("no %s engine is built yet; serving from torch while one is", config.engine)
+        self._tell(f"no {config.engine} engine is built yet; serving from torch while one is")
         self._build = BackgroundBuild(config)
 
     def current(self) -> Engine:
@@ -97,11 +95,19 @@ class EngineSource:
             return ()
         return tuple((bucket.rows.most, bucket.tokens.most) for bucket in self._spec.buckets)
 
+    def news(self) -> tuple[EngineNews, ...]:
+        """What happened since the last call."""
+        told, self._news = tuple(self._news), []
+        return told
+
     def close(self) -> None:
         """Ends a build that runs."""
         if self._build is not None:
             self._build.stop()
             self._build = None
+
+    def _tell(self, sentence: str) -> None:
+        self._news.append(EngineNews(sentence))
 
     def _backend_takes(self, tokens: tuple[int, ...]) -> bool:
         return self._backend.any_shape or all(map(self._covered, tokens))
@@ -116,7 +122,7 @@ class EngineSource:
                     if self._take(backend):
                         return
                 except (EngineError, EngineCacheError) as error:
-                    log.warning("%s", error)
+                    self._tell(f"{backend.name} is left out: {error}")
 
     def _take(self, backend: Backend) -> bool:
         """Loads a backend's engine from the cache; whether there is one."""
@@ -146,9 +152,9 @@ class EngineSource:
             if not self._build.ended():
                 return
             if self._take(self._backend):
-                log.warning("the %s engine is built; new requests run on it", self._backend.name)
+                self._tell(f"the {self._backend.name} engine is built; new requests run on it")
         except EngineError as error:
-            log.error("%s; serving from torch", error)
+            self._tell(f"{error}; serving from torch")
         self.close()
 
 
