@@ -56,6 +56,7 @@ class _Request:
     branches: tuple[Branch, ...]  # the prompt's, then with guidance the negative prompt's
     guidance_scale: float
     scheduler: Any
+    timesteps: Tensor  # the scheduler's, on the CPU: reading one must not wait for the device
     denoiser: Denoiser
     outfit: Outfit
     grid: Grid
@@ -210,6 +211,7 @@ class EngineCore:
             branches=tuple(denoiser.project_context(text, image) for text in texts),
             guidance_scale=shot.guidance_scale,
             scheduler=scheduler,
+            timesteps=scheduler.timesteps.cpu(),
             denoiser=denoiser,
             outfit=outfit,
             grid=grid,
@@ -234,7 +236,7 @@ class EngineCore:
             EngineError: the request is unknown, has done all its steps, or came out as NaN or infinity.
         """
         request = self._request(job_id)
-        timesteps = request.scheduler.timesteps
+        timesteps = request.timesteps
         if request.step >= len(timesteps):
             raise EngineError(f"job {job_id} has done all its {len(timesteps)} steps")
         started, tokens = time.perf_counter(), request.tokens

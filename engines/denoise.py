@@ -165,11 +165,11 @@ class Denoiser:
         Args:
             latents: [1, 16, T, H, W].
             condition: [1, 20, T, H, W].
-            timestep: scalar, in the scheduler's units (0 to 1000).
+            timestep: scalar, in the scheduler's units (0 to 1000), best on the CPU: its value is read.
             merged: shares tokens between patches; None, or a uniform plan, gives each its own.
         """
         transformer = self._transformer
-        time_embedding, modulation = self._embed_time(timestep.expand(1), transformer.dtype)
+        time_embedding, modulation = self._embed_time(timestep.to(latents.device).expand(1), transformer.dtype)
         if merged is None or merged.plan.is_uniform:
             video = torch.cat([latents, condition], dim=1).to(transformer.dtype)
             tokens = transformer.patch_embedding(video).flatten(2).transpose(1, 2).contiguous()
