@@ -5,13 +5,16 @@ On the uniform path the reference is diffusers' forward as it is. On the CAT pat
 per key as the mask of their self-attention, which their forward does not pass on, and rotary tables at mean positions.
 Prompts are padded to 512 positions there, so the collapse of the padding is compared too. A style is the LoRA formula,
 added to what diffusers' linears give.
+
+What is compared are velocities. Between the blocks and them lies a norm, so that a factor common to all of a token's
+channels would not be seen; it would do no harm either.
 """
 
 from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +25,7 @@ from torch import Tensor, nn
 
 from cinecat.engines.backends.contract import Engine, EngineSpec, StackInputs
 from cinecat.engines.context import Branch, RowContexts
-from cinecat.engines.denoise import Denoiser, Merged
+from cinecat.engines.denoise import Denoiser, EngineBlocks, Merged
 from cinecat.engines.errors import EngineError
 from cinecat.engines.slots import NO_STYLE, Factors, StyleSlots, Worn
 from cinecat.engines.tokens import path
@@ -61,12 +64,12 @@ class Case:
 
     @property
     def path(self) -> str:
-        """"uniform" or "cat"."""
+        """ "uniform" or "cat"."""
         return "uniform" if self.keep_ratio == 1.0 else "cat"
 
     @property
     def wear(self) -> str:
-        """"plain", "styled", or "mixed" where rows differ."""
+        """ "plain", "styled", or "mixed" where rows differ."""
         if len(set(self.styles)) > 1:
             return "mixed"
         return "styled" if self.styles[0] else "plain"
@@ -106,7 +109,7 @@ def standard_cases(grids: Sequence[Grid], most_rows: int = 3, slots: int = _STYL
         slots: for styles that it has.
     """
     second = min(2, slots)
-    wears = (((9,), (0,)), ((511,), (1,)), ((0, TEXT_POSITIONS, 9)[:most_rows], (1, 0, second)[:most_rows]))
+    wears = (((9,), (0,)), ((511,), (1,)), ((0, 40, 9)[:most_rows], (1, 0, second)[:most_rows]))
     return tuple(
         Case(grid, keep, words, styles) for grid, keep, (words, styles) in itertools.product(grids, (1.0, 0.5), wears)
     )
@@ -182,6 +185,18 @@ class ParitySuite:
             self._expected[case] = tuple(map(self._reference, self._rows(case)))
         return self._expected[case]
 
+    def forward(self, engine: Engine, case: Case) -> Callable[[], object]:
+        """A step of a case's first row as requests run it, its context and plan ready."""
+        row = self._row(case, 0)
+        worn = self.worn[row.style]
+        denoiser = Denoiser(self._transformer, EngineBlocks(self._transformer, engine, self.slots))
+        return torch.no_grad()(lambda: _predict(denoiser, row, worn))
+
+    def reference_forward(self, case: Case) -> Callable[[], object]:
+        """The same by diffusers."""
+        row = self._row(case, 0)
+        return torch.no_grad()(lambda: self._reference(row))
+
     def _reference(self, row: _Row) -> Tensor:
         reference = self.reference
         with self._wearing(row.style):
@@ -198,7 +213,9 @@ class ParitySuite:
         with ExitStack() as hooks:
             for target, (a, b) in self.styles[style - 1].items() if style else ():
 
-                def add(module: nn.Module, given: tuple[Tensor], output: Tensor, a: Tensor = a, b: Tensor = b) -> Tensor:
+                def add(
+                    module: nn.Module, given: tuple[Tensor], output: Tensor, a: Tensor = a, b: Tensor = b
+                ) -> Tensor:
                     return output + _STRENGTH * (given[0] @ a.mT @ b.mT)
 
                 hooks.callback(self.reference.get_submodule(target).register_forward_hook(add).remove)
@@ -288,7 +305,7 @@ class _Tape:
 
 
 class _DiffusersBlocks:
-    """A BlockStack of diffusers' blocks, with the whole padded prompt [1, 512, text_dim] and image [1, n, image_dim]."""
+    """A BlockStack of diffusers' blocks. Its text [1, 512, text_dim] is padded; image is [1, n, image_dim]."""
 
     def __init__(self, transformer: Any, text: Tensor, image: Tensor) -> None:
         embedder = transformer.condition_embedder
@@ -343,5 +360,6 @@ def _sample_style(targets: Mapping[str, tuple[int, int]], spec: EngineSpec, numb
         return (torch.randn(rows, columns, generator=draw) * size).to(spec.torch_dtype).to(spec.device)
 
     return {
-        target: (drawn(rank, n, n**-0.5), drawn(m, rank, _STYLE_SIZE * rank**-0.5)) for target, (n, m) in targets.items()
+        target: (drawn(rank, n, n**-0.5), drawn(m, rank, _STYLE_SIZE * rank**-0.5))
+        for target, (n, m) in targets.items()
     }
