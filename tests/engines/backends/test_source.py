@@ -265,6 +265,7 @@ class TestBuilding:
         finally:
             opened.close()
 
+    @pytest.mark.slow
     def test_what_went_wrong_in_that_process_is_told(self, settings: CoreConfig) -> None:
         started = BackgroundBuild(replace(settings, engine="quantum"))
         try:
