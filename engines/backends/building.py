@@ -63,7 +63,8 @@ def build_engine(config: CoreConfig, announce: Callable[[str], object]) -> Built
     backend = find_backend(config.engine)
     check_sizes(backend, config.engine_sizes)
     announce("loading the transformer")
-    stack, spec = load_stack(config)
+    loaded = load_stack(config)
+    stack, spec = loaded.stack, loaded.spec
     if problem := backend.missing(stack.device):
         raise EngineError(f"engine: {problem}")
     key = engine_key(backend, spec)

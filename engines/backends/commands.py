@@ -110,6 +110,95 @@ def build(
     out.show(f"{built.backend} {built.digest[:12]}: {how}, {_size(built.size_bytes)}")
 
 
+@app.command()
+def accept(
+    backend: Annotated[
+        list[str] | None, typer.Option(help="Try these alone, e.g. torch or onnxruntime; may be repeated.")
+    ] = None,
+    model: Annotated[str, typer.Option(help="wan-tiny, a folder in diffusers' layout, or a hub id.")] = "wan-tiny",
+    model_variant: Annotated[str, typer.Option(help="File whose changes are fused into the model.")] = "",
+    size: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="WxHxF",
+            help="Width, height and frames of clips to try; may be repeated [64x64x17, 128x128x17, 192x192x17].",
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    style_slots: Annotated[int, typer.Option(min=1, help="As the server's.")] = 8,
+    max_rank: Annotated[int, typer.Option(min=1, help="As the server's.")] = 32,
+    pairs: Annotated[int, typer.Option(min=1, help="Samples of each timing.")] = 15,
+    report: Annotated[Path, typer.Option(metavar="FILE", help="The page that is written.", dir_okay=False)] = Path(
+        "accept.html"
+    ),
+    engine_cache_dir: EngineCacheDir = None,
+    as_json: Json = False,
+) -> None:
+    """Build every backend that can run here, compare it with diffusers, time it, and write a report.
+
+    The exit code is 1 when one that can run cannot be built or computes something else than diffusers.
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        from cinecat.engines.backends import acceptance, acceptance_page
+    except ModuleNotFoundError as error:
+        raise CinecatError(f"{error.name} is missing; pip install 'cinecat[serve]'") from error
+    config = CoreConfig(
+        model=model,
+        device=device,
+        dtype=dtype,
+        threads=0,
+        style_slots=style_slots,
+        max_rank=max_rank,
+        cache_bytes=0,
+        model_variant=model_variant,
+        engine_sizes=tuple(map(_size_of, size)) if size else acceptance.SIZES,
+        engine_cache_dir=str(engine_cache_dir or ""),
+    )
+    names = tuple(dict.fromkeys(backend or acceptance.backend_names()))
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("starting", total=1.0)
+        try:
+            found = acceptance.accept(
+                config, names, pairs, lambda step, done: progress.update(task, description=step, completed=done)
+            )
+        except SettingError as error:
+            raise out.usage_error(str(error)) from error
+        except EngineError as error:
+            raise CinecatError(str(error)) from error
+        progress.update(task, description="done", completed=1.0)
+    try:
+        report.write_text(acceptance_page.page(found), encoding="utf-8")
+    except OSError as error:
+        raise CinecatError(f"--report: {report} cannot be written: {error.strerror}") from error
+    if as_json:
+        out.show_json({**found.as_json(), "report": str(report)})
+    else:
+        header = ("BACKEND", "STATE", "ERROR", "VS DIFFUSERS", "VS TORCH", "VERDICT")
+        rows = [
+            (
+                each.name,
+                each.state,
+                acceptance_page.largest_error(each),
+                acceptance_page.speed(each, acceptance.DIFFUSERS),
+                acceptance_page.speed(each, "torch"),
+                acceptance_page.verdict(each),
+            )
+            for each in found.backends
+        ]
+        out.show_table(header, rows)
+        out.show(f"{'accepted' if found.accepted else 'not accepted'}; the report is {report}")
+    raise typer.Exit(0 if found.accepted else 1)
+
+
 def _size_of(word: str) -> tuple[int, int, int]:
     parts = word.split("x")
     if len(parts) != 3 or not all(part.isdecimal() for part in parts):

@@ -5,8 +5,10 @@ Rows, tokens and text keys stay open; layers, widths, image tokens, slots and ra
 
 from __future__ import annotations
 
+import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -157,8 +159,7 @@ def export_onnx(stack: WanStack, spec: EngineSpec, styled: bool, path: Path) -> 
     """
     program = export_program(stack, spec, styled)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _silence():
             onnx = torch.onnx.export(
                 program,
                 input_names=list(graph_names(styled)),
@@ -172,3 +173,17 @@ def export_onnx(stack: WanStack, spec: EngineSpec, styled: bool, path: Path) -> 
             onnx.save(str(path), external_data=True)
     except Exception as error:
         raise EngineError(f"engines: the blocks cannot be written as ONNX: {error}") from error
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Within it torch.onnx says nothing: its exporter tells of torchvision, which the graph has no use for."""
+    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

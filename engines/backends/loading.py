@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 from cinecat.engines.backends.choice import buckets_for, engine_spec
 from cinecat.engines.backends.contract import ANY_SHAPE, Bucket, EngineSpec
 from cinecat.engines.backends.stack import WanStack
@@ -13,7 +16,23 @@ from cinecat.engines.tokens.grid import Grid
 from cinecat.engines.variants import find_variant, fuse_variant
 
 
-def load_stack(config: CoreConfig) -> tuple[WanStack, EngineSpec]:
+@dataclass(frozen=True)
+class LoadedStack:
+    """Blocks to build engines of.
+
+    Attributes:
+        transformer: diffusers', whose weights the stack shares.
+        checkpoint: that it is from.
+        spec: what its engines are built from.
+    """
+
+    transformer: Any
+    checkpoint: Checkpoint
+    stack: WanStack
+    spec: EngineSpec
+
+
+def load_stack(config: CoreConfig) -> LoadedStack:
     """Loads the transformer that settings name, with its variant, and says what its engines are built from.
 
     Raises:
@@ -29,7 +48,7 @@ def load_stack(config: CoreConfig) -> tuple[WanStack, EngineSpec]:
         fingerprint = variant.fingerprint(fingerprint)
     buckets = size_buckets(checkpoint, config.engine_sizes, transformer.config.patch_size[1])
     spec = engine_spec(checkpoint, fingerprint, transformer, config.style_slots, config.max_rank, buckets)
-    return WanStack(transformer), spec
+    return LoadedStack(transformer, checkpoint, WanStack(transformer), spec)
 
 
 def size_buckets(
@@ -40,8 +59,18 @@ def size_buckets(
     Raises:
         SettingError: one is no size of the model's.
     """
-    if not sizes:
-        return (ANY_SHAPE,)
+    grids = size_grids(checkpoint, sizes, latents_per_patch)
+    return buckets_for(grids) if grids else (ANY_SHAPE,)
+
+
+def size_grids(
+    checkpoint: Checkpoint, sizes: tuple[tuple[int, int, int], ...], latents_per_patch: int
+) -> tuple[Grid, ...]:
+    """The patches of clips of sizes (width, height, frames) in pixels.
+
+    Raises:
+        SettingError: one is no size of the model's.
+    """
     stride = pixel_stride(checkpoint) * latents_per_patch
     grids = []
     for width, height, frames in sizes:
@@ -57,4 +86,4 @@ def size_buckets(
                 f"engine_sizes: {width}x{height}x{frames}: width and height are multiples of {stride}, frames 4k + 1"
             )
         grids.append(Grid((frames - 1) // VAE_TEMPORAL_STRIDE + 1, height // stride, width // stride))
-    return buckets_for(tuple(grids))
+    return tuple(grids)

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
-from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from cinecat.engines.backends.parity import BiasedAttention
 from cinecat.engines.context import Branch
 from cinecat.engines.denoise import Denoiser, Merged
 from cinecat.engines.slots import NO_STYLE, Factors, Worn
@@ -126,7 +126,7 @@ class TwoPaths:
         words = branch.text.shape[1] - 1
         # Exactly the padded prompt: all empty positions share one key, which counts for as many.
         text_attention = PaddedTextAttention(text_bias(torch.tensor([words]), words).to(tokens))
-        self_attention = _BiasedAttention(None if key_bias is None else key_bias[:, None, None])
+        self_attention = BiasedAttention(None if key_bias is None else key_bias[:, None, None])
         context = torch.cat([branch.image, branch.text], dim=1)
         tables = tuple(table.repeat_interleave(2, dim=-1)[:, :, None] for table in rope)
         for block in self._transformer.blocks:
@@ -138,18 +138,6 @@ class TwoPaths:
         for layer in self._layers:
             layer.set_adapter(names, inference_mode=True)
         self.adapter.requires_grad_(adapted)
-
-
-class _BiasedAttention(WanAttnProcessor):  # type: ignore[misc]
-    """diffusers' self-attention with a bias per key [1, 1, 1, K], which its blocks do not pass on."""
-
-    def __init__(self, key_bias: Tensor | None) -> None:
-        super().__init__()
-        self._key_bias = key_bias
-
-    def __call__(self, attn: Any, hidden: Tensor, context: Any = None, mask: Any = None, rope: Any = None) -> Tensor:
-        output: Tensor = super().__call__(attn, hidden, context, self._key_bias, rope)
-        return output
 
 
 def misfit(transformer: WanTransformer3DModel, factors: Factors) -> str:
