@@ -244,7 +244,7 @@ class _Trial:
         return backend.load(stack, spec, files), min(most, 3)
 
     def _times(self, name: str, engine: Engine) -> tuple[Timing, ...]:
-        timings = []
+        timings: list[Timing] = []
         for size, grid in zip(self._config.engine_sizes, self._grids, strict=True):
             for keep_ratio in (1.0, _KEEP_RATIO):
                 case = Case(grid, keep_ratio, (9,), (0,))

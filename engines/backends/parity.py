@@ -17,6 +17,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -146,7 +147,7 @@ class ParitySuite:
         self.styles = [_sample_style(self.slots.targets, spec, number) for number in range(min(_STYLES, spec.slots))]
         self.worn = [NO_STYLE]
         for number, factors in enumerate(self.styles):
-            self.worn.append(self.slots.wear({f"sample {number}": _STRENGTH}, lambda name, it=factors: it))
+            self.worn.append(self.slots.wear({f"sample {number}": _STRENGTH}, partial(_given, factors)))
         self._transformer, self._spec = transformer, spec
         self._expected: dict[Case, tuple[Tensor, ...]] = {}
 
@@ -175,7 +176,7 @@ class ParitySuite:
         inputs = self._join(tape.calls, rows)
         if not engine.covers(inputs):
             raise EngineError(f"engines: {engine.name} is not built for {case}")
-        tape.outputs = iter(engine(inputs).split(1))
+        tape.outputs = iter(torch.split(engine(inputs), 1))
         return tuple(_predict(denoiser, row, self.worn[row.style]) for row in rows)
 
     @torch.no_grad()
@@ -363,3 +364,8 @@ def _sample_style(targets: Mapping[str, tuple[int, int]], spec: EngineSpec, numb
         target: (drawn(rank, n, n**-0.5), drawn(m, rank, _STYLE_SIZE * rank**-0.5))
         for target, (n, m) in targets.items()
     }
+
+
+def _given(factors: Factors, name: str) -> Factors:
+    """Loads a style that is in memory, whatever it is called."""
+    return factors
