@@ -8,7 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cinecat.engines import stages
@@ -37,6 +39,7 @@ from cinecat.engines.messages import (
     StyleUse,
 )
 from cinecat.engines.model import WanModel, load_model, synchronize
+from cinecat.engines.placement import checked, on_device, place, storage_note
 from cinecat.engines.slots import StyleSlots, other_targets
 from cinecat.engines.tokens.adaptive import AdaptiveTokens
 from cinecat.engines.tokens.budget import step_tokens
@@ -87,7 +90,14 @@ class EngineCore:
         """
         if config.threads:
             torch.set_num_threads(config.threads)
-        self._model = load_model(checkpoint, config.device, config.dtype)
+        config = checked(config)
+        self._model = load_model(
+            checkpoint,
+            config.device,
+            config.dtype,
+            encoders_on_host=config.offload != "none",
+            transformer_on_host=config.offload == "blocks" or config.storage_dtype != "none",
+        )
         parameters, weights_bytes = _size(self._model)
         transformer = self._model.transformer
         if variant is not None:
@@ -96,12 +106,17 @@ class EngineCore:
         announce(memory)
         check_slots_fit(memory)
         others = other_targets(transformer)
-        slots = StyleSlots(transformer.blocks, config.style_slots, config.max_rank, self._model.dtype, others)
+        slots = StyleSlots(
+            transformer.blocks, config.style_slots, config.max_rank, self._model.dtype, others, self._model.device
+        )
         fingerprint = variant.fingerprint(checkpoint.fingerprint) if variant else checkpoint.fingerprint
         buckets = size_buckets(checkpoint, config.engine_sizes, transformer.config.patch_size[1])
         spec = engine_spec(checkpoint, fingerprint, transformer, config.style_slots, config.max_rank, buckets)
         self._slots = slots
-        self._engines = EngineSource(WanStack(transformer), spec, config)
+        stack = WanStack(transformer)
+        place(transformer, stack, self._model.device, config.offload, config.storage_dtype)
+        self._storage_note = storage_note(config.storage_dtype)
+        self._engines = EngineSource(stack, spec, config)
         for news in self._engines.news():
             announce(news)
         self._denoisers: dict[Engine, Denoiser] = {}
@@ -183,13 +198,13 @@ class EngineCore:
         texts = clock.time(
             "text_encode",
             lambda: [
-                self._cache.get(("text", prompt), lambda prompt=prompt: stages.encode_text(model, prompt))  # type: ignore[misc]
+                self._cache.get(("text", prompt), lambda prompt=prompt: self._encode_text(prompt))  # type: ignore[misc]
                 for prompt in prompts
             ],
         )
         image = clock.time(
             "image_encode",
-            lambda: [self._cache.get(("image", image_key), lambda: stages.encode_image(model, shot.image))],
+            lambda: [self._cache.get(("image", image_key), lambda: self._encode_image(shot.image))],
         )[0]
         condition = clock.time(
             "vae_encode",
@@ -202,7 +217,7 @@ class EngineCore:
         )[0]
         latent_shape = (1, model.vae.config.z_dim, *condition.shape[2:])
         scheduler = model.new_scheduler(shot.steps, shot.shift)
-        notes = tuple(note for note in (outfit.note, tiling.note) if note)
+        notes = tuple(note for note in (outfit.note, tiling.note, self._storage_note) if note)
         if stages.prompt_is_truncated(model, shot.prompt):
             notes += (f"prompt: cut after {stages.TEXT_TOKENS} tokens, which is all that the text encoder reads",)
         self._requests[shot.job_id] = _Request(
@@ -227,6 +242,14 @@ class EngineCore:
             self._engines.building,
             self._engines.news(),
         )
+
+    def _encode_text(self, prompt: str) -> Tensor:
+        with on_device(self._model.text_encoder, self._model.device):
+            return stages.encode_text(self._model, prompt)
+
+    def _encode_image(self, image: NDArray[np.uint8]) -> Tensor:
+        with on_device(self._model.image_encoder, self._model.device):
+            return stages.encode_image(self._model, image)
 
     @torch.inference_mode()
     def step(self, job_id: str) -> Stepped:

@@ -19,7 +19,9 @@ from cinecat.engines.checkpoint import BUNDLED_MODEL, Checkpoint, find_checkpoin
 from cinecat.engines.errors import ModelError
 from cinecat.engines.memory import available_bytes, in_words, total_bytes
 from cinecat.engines.memory_plan import Clip, ModelSizes, ServingMemory, plan_memory
+from cinecat.engines.messages import Offload, StorageDtype
 from cinecat.engines.model import find_device, find_dtype
+from cinecat.engines.placement import check_engine
 from cinecat.engines.variants import find_variant
 
 _DRIVER = Path("/proc/driver/nvidia/version")
@@ -82,6 +84,8 @@ class Asked:
     style_slots: int
     max_rank: int
     clip: Clip
+    offload: Offload = "none"
+    storage_dtype: StorageDtype = "none"
 
 
 @dataclass(frozen=True)
@@ -144,12 +148,24 @@ def diagnose(asked: Asked, folders: dict[str, Path]) -> Diagnosis:
         )
     memory, left = None, None
     try:
+        check_engine(asked.engine, asked.offload, asked.storage_dtype)
+    except ModelError as error:
+        problems.append(str(error))
+    try:
         find_variant(asked.model_variant)
         sizes = _sizes(asked.model, notes)
         if device is not None and dtype is not None:
-            memory = plan_memory(sizes, asked.clip, dtype, asked.style_slots, asked.max_rank)
+            offload: Offload = "none" if device.type == "cpu" else asked.offload
+            memory = plan_memory(
+                sizes, asked.clip, dtype, asked.style_slots, asked.max_rank, offload, asked.storage_dtype
+            )
             left = available_bytes(device)
             _compare(memory, left, device, problems)
+            if memory.host > (machine.available_bytes or memory.host):
+                problems.append(
+                    f"offload: {in_words(memory.host)} would wait in the host's memory, which has "
+                    f"{in_words(machine.available_bytes or 0)} left; set offload to none, or free memory"
+                )
     except ModelError as error:
         problems.append(str(error))
     place = device or torch.device("cpu")
@@ -192,7 +208,7 @@ def _compare(memory: ServingMemory, left: int | None, device: torch.device, prob
         return
     floor = memory.weights + memory.style_banks
     advice = (
-        "lower style_slots or max_rank, free memory, or choose a larger device"
+        "lower style_slots or max_rank, free memory, choose a larger device, or set offload or storage_dtype"
         if floor > left
         else "lower width, height or frames of clips, style_slots or max_rank"
     )

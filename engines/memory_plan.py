@@ -14,9 +14,12 @@ from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
 from cinecat.engines.backends.contract import TEXT_MULTIPLE
+from cinecat.engines.backends.stack import WanStack
 from cinecat.engines.checkpoint import Checkpoint, read_json, weight_files
 from cinecat.engines.errors import ModelError
 from cinecat.engines.memory import in_words
+from cinecat.engines.messages import Offload, StorageDtype
+from cinecat.engines.placement import RESIDENT_BLOCKS, kept_bytes, matrices
 from cinecat.engines.slots import bank_bytes
 from cinecat.engines.tokens.flops import grid_of
 from cinecat.plugins.errors import LoraError
@@ -135,9 +138,10 @@ class ServingMemory:
     half a GiB to one. At 14B and on a GPU it has not been compared yet.
 
     Attributes:
-        text_encoder: numbers x bytes of the dtype.
-        image_encoder, vae: numbers x 4; both are float32.
-        transformer: numbers x bytes of the dtype, and x 4 in Wan's float32 islands.
+        text_encoder: numbers x bytes of the dtype; 0 where it is offloaded.
+        image_encoder, vae: numbers x 4; both are float32. An image encoder that is offloaded is 0.
+        transformer: numbers x bytes of the dtype, and x 4 in Wan's float32 islands. The blocks' matrices x 1 where they
+            are kept in float8, and those of one block in the dtype besides; two blocks where they are offloaded.
         style_banks: (slots + 1) x rank x (in + out) x bytes, over all styled linears of all layers.
         context: cached keys and values: rows x layers x (64 words + image tokens) x dim x 2 x bytes.
         activations: of the largest forward, a row at a time: tokens x dim x 35.5 bytes in 16 bits, x 58 in float32,
@@ -146,6 +150,9 @@ class ServingMemory:
         latents: 16 channels for each of noise, prediction, two velocities and two solver states, and 20 of the
             condition: latent pixels x 116 x 4.
         vae_work: 56 feature maps of full size, base_dim x width x height x 4 each, while it decodes.
+        visiting: the larger of the encoders that are offloaded, while it encodes.
+        host: what is offloaded, in the host's memory. Pinned blocks may take up to twice as much there, since torch
+            rounds each tensor up to a power of two.
     """
 
     text_encoder: int
@@ -157,6 +164,8 @@ class ServingMemory:
     activations: int
     latents: int
     vae_work: int
+    visiting: int = 0
+    host: int = 0
 
     @property
     def weights(self) -> int:
@@ -164,8 +173,9 @@ class ServingMemory:
 
     @property
     def needed(self) -> int:
-        """At the peak: forwards and VAE never run at once."""
-        return self.weights + self.style_banks + self.context + self.latents + max(self.activations, self.vae_work)
+        """At the peak: of forwards, VAE and offloaded encoders only one runs at a time."""
+        work = max(self.activations, self.vae_work, self.visiting)
+        return self.weights + self.style_banks + self.context + self.latents + work
 
     def parts(self) -> dict[str, int]:
         """What the peak consists of, and what runs at another time, by name."""
@@ -175,34 +185,64 @@ class ServingMemory:
         return (
             f"{in_words(self.needed)} (weights {in_words(self.weights)}, style banks {in_words(self.style_banks)}, "
             f"keys and values of the context {in_words(self.context)}, latents {in_words(self.latents)}, and the "
-            f"larger of activations {in_words(self.activations)} and VAE {in_words(self.vae_work)})"
+            f"largest of activations {in_words(self.activations)}, VAE {in_words(self.vae_work)} and encoders that "
+            f"visit {in_words(self.visiting)})"
         )
 
 
-def plan_memory(sizes: ModelSizes, clip: Clip, dtype: torch.dtype, style_slots: int, max_rank: int) -> ServingMemory:
+def plan_memory(
+    sizes: ModelSizes,
+    clip: Clip,
+    dtype: torch.dtype,
+    style_slots: int,
+    max_rank: int,
+    offload: Offload = "none",
+    storage_dtype: StorageDtype = "none",
+) -> ServingMemory:
     """Estimates by the formulas of `ServingMemory`; no weight is read.
 
     Args:
         dtype: of transformer and text encoder.
+        offload, storage_dtype: as in `messages.CoreConfig`; nothing is offloaded from a CPU.
     """
+    size = dtype.itemsize
     transformer = empty_transformer(sizes.transformer, dtype)
+    banks = bank_bytes(transformer.blocks, style_slots, max_rank, dtype)
+    weights, on_host = _transformer_bytes(transformer, offload, storage_dtype)
+    encoders = {"text_encoder": sizes.text_encoder * size, "image_encoder": sizes.image_encoder * 4}
+    if offload != "none":
+        on_host += sum(encoders.values())
     config: Any = transformer.config
     dim = config.num_attention_heads * config.attention_head_dim
-    size = dtype.itemsize
     grid = grid_of(clip.width, clip.height, clip.frames)
     row = len(transformer.blocks) * (WORDS + sizes.image_tokens) * dim * 2 * size
     tokens = clip.tokens * (math.ceil(_BLOCK_BYTES[size] * dim) + dim * size + config.attention_head_dim * 8)
     return ServingMemory(
-        text_encoder=sizes.text_encoder * size,
-        image_encoder=sizes.image_encoder * 4,
+        **(encoders if offload == "none" else dict.fromkeys(encoders, 0)),
         vae=sizes.vae * 4,
-        transformer=parameter_bytes(transformer),
-        style_banks=bank_bytes(transformer.blocks, style_slots, max_rank, dtype),
+        transformer=weights,
+        style_banks=banks,
         context=clip.rows * row,
         activations=tokens,
         latents=grid.count * 4 * (_LATENT_COPIES * 16 + 20) * 4,
         vae_work=VAE_DECODER_MAPS * sizes.vae_base_dim * clip.width * clip.height * 4,
+        visiting=0 if offload == "none" else max(encoders.values()),
+        host=on_host,
     )
+
+
+def _transformer_bytes(
+    transformer: WanTransformer3DModel, offload: Offload, storage_dtype: StorageDtype
+) -> tuple[int, int]:
+    """Of a transformer's weights, what is on the device and what is on the host; its blocks become a stack's."""
+    total = parameter_bytes(transformer)
+    stack = WanStack(transformer)
+    kept = kept_bytes(stack.parameters(), storage_dtype)
+    wide = sum(weight.nbytes for weight in matrices(stack.blocks[0])) if storage_dtype != "none" else 0
+    rest = total - stack.size_bytes + wide
+    if offload != "blocks":
+        return rest + kept, 0
+    return rest + kept * min(RESIDENT_BLOCKS, len(stack.blocks)) // len(stack.blocks), kept
 
 
 def empty_transformer(config: Mapping[str, Any], dtype: torch.dtype) -> WanTransformer3DModel:

@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 FrameDtype: TypeAlias = Literal["uint8", "float32"]
+Offload: TypeAlias = Literal["none", "encoders", "blocks"]
+StorageDtype: TypeAlias = Literal["none", "float8_e4m3fn"]
 
 VAE_TEMPORAL_STRIDE = 4
 
@@ -38,6 +40,9 @@ class CoreConfig:
         engine_sizes: (width, height, frames) of clips that engines of fixed shapes are built for.
         engine_cache_dir: where engines are kept; empty for the default.
         engine_cache_bytes: of all of them at most; 0 is no limit.
+        offload: what is in the host's memory while it does not work: "none", "encoders" (of text and image) or "blocks"
+            (of the transformer, and the encoders).
+        storage_dtype: that the matrices of the blocks are kept in; "none" is `dtype`.
     """
 
     model: str
@@ -54,6 +59,8 @@ class CoreConfig:
     engine_sizes: tuple[tuple[int, int, int], ...] = ()
     engine_cache_dir: str = ""
     engine_cache_bytes: int = 0
+    offload: Offload = "none"
+    storage_dtype: StorageDtype = "none"
 
 
 @dataclass(frozen=True)

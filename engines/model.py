@@ -63,38 +63,45 @@ class WanModel(WanEncoders):
         return (self.text_encoder, self.image_encoder, self.vae, self.transformer)
 
 
-def load_model(checkpoint: Checkpoint, device: str, dtype: str) -> WanModel:
+def load_model(
+    checkpoint: Checkpoint, device: str, dtype: str, encoders_on_host: bool = False, transformer_on_host: bool = False
+) -> WanModel:
     """Loads a checked folder.
 
     Args:
         device: "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:N".
         dtype: "auto" (bfloat16 on a GPU, float32 on a CPU) or a name.
+        encoders_on_host, transformer_on_host: load the encoders of text and image, or the transformer, into the host's
+            memory, for `placement` to move; the dtype is still that of the device.
 
     Raises:
         ModelError: the device is not there, or a file does not fit its config.
     """
     scheduler_class, scheduler_config = _scheduler(checkpoint)
+    encoders = load_encoders(checkpoint, device, dtype, encoders_on_host)
+    kind = str(encoders.dtype).removeprefix("torch.")
     return WanModel(
-        **vars(load_encoders(checkpoint, device, dtype)),
-        transformer=load_transformer(checkpoint, device, dtype),
+        **vars(encoders),
+        transformer=load_transformer(checkpoint, "cpu" if transformer_on_host else device, kind),
         scheduler_class=scheduler_class,
         scheduler_config=scheduler_config,
     )
 
 
-def load_encoders(checkpoint: Checkpoint, device: str, dtype: str) -> WanEncoders:
+def load_encoders(checkpoint: Checkpoint, device: str, dtype: str, on_host: bool = False) -> WanEncoders:
     """Loads everything but the transformer; arguments and errors as `load_model`."""
     transformers_logging.disable_progress_bar()
     place = find_device(device)
+    home = torch.device("cpu") if on_host else place
     kind = find_dtype(dtype, place)
     return WanEncoders(
         checkpoint=checkpoint,
         device=place,
         dtype=kind,
         tokenizer=_load(checkpoint, AutoTokenizer, "tokenizer"),
-        text_encoder=_text_encoder(checkpoint, place, kind),
+        text_encoder=_text_encoder(checkpoint, home, kind),
         image_processor=_load(checkpoint, CLIPImageProcessorPil, "image_processor"),
-        image_encoder=_module(checkpoint, CLIPVisionModel, "image_encoder", place, torch.float32),
+        image_encoder=_module(checkpoint, CLIPVisionModel, "image_encoder", home, torch.float32),
         vae=load_vae(checkpoint, device),
     )
 

@@ -100,6 +100,7 @@ class StyleSlots:
         max_rank: int,
         dtype: torch.dtype,
         ignored: Container[str] = frozenset(),
+        device: torch.device | None = None,
     ) -> None:
         """Replaces the target linears of `blocks` and allocates the banks.
 
@@ -108,6 +109,7 @@ class StyleSlots:
             slots: styles resident at once.
             max_rank: rank of a slot.
             ignored: modules that a style's file may change without effect, as in `other_targets`.
+            device: of the banks; None is that of the weights.
         """
         self.count = slots
         self._max_rank = max_rank
@@ -122,9 +124,9 @@ class StyleSlots:
         for target in _TARGETS:
             layers = [_linear(block, target) for block in blocks]
             first = layers[0]
-            device = first.weight.device
-            bank_a = torch.zeros(len(layers), slots + 1, max_rank, first.in_features, dtype=dtype, device=device)
-            bank_b = torch.zeros(len(layers), slots + 1, first.out_features, max_rank, dtype=dtype, device=device)
+            where = device or first.weight.device
+            bank_a = torch.zeros(len(layers), slots + 1, max_rank, first.in_features, dtype=dtype, device=where)
+            bank_b = torch.zeros(len(layers), slots + 1, first.out_features, max_rank, dtype=dtype, device=where)
             self._banks[target] = (bank_a, bank_b)
             for index, block in enumerate(blocks):
                 block.set_submodule(target, SlottedLinear(layers[index], bank_a[index], bank_b[index], self._rows))

@@ -263,6 +263,8 @@ def _core_config(settings: Settings) -> CoreConfig:
         engine_sizes=tuple(map(clip_size, settings.engine_sizes)),
         engine_cache_dir=str(settings.engine_cache_dir.expanduser()),
         engine_cache_bytes=round(settings.engine_cache_gib * 2**30),
+        offload=settings.offload,
+        storage_dtype=settings.storage_dtype,
     )
 
 

@@ -70,6 +70,8 @@ def _doctor(
             style_slots=settings.style_slots,
             max_rank=settings.max_rank,
             clip=clip,
+            offload=settings.offload,
+            storage_dtype=settings.storage_dtype,
         ),
         {"data_dir": settings.data_dir, "engine_cache_dir": settings.engine_cache_dir},
     )

@@ -61,6 +61,14 @@ class Settings(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="of transformer and text encoder"
     )
+    offload: Literal["none", "encoders", "blocks"] = Field(
+        "none",
+        description="what waits in the host's memory while it does not work: text and image encoder, or with blocks "
+        "the transformer's blocks too, each copied to the device for every forward; blocks is for the engine torch",
+    )
+    storage_dtype: Literal["none", "float8_e4m3fn"] = Field(
+        "none", description="of the blocks' matrices while they do not work; lossy, and for the engine torch"
+    )
     threads: int = Field(0, ge=0, le=1024, description="CPU threads of the engine core; 0 leaves it to torch")
     style_slots: int = Field(8, ge=1, le=1024, description="styles resident at once")
     max_rank: int = Field(32, ge=1, le=512, description="LoRA rank of a slot, summed over styles worn together")

@@ -95,7 +95,15 @@ class WanStackBlock(nn.Module):
 
     def release(self) -> None:
         """Frees the weights, the diffusers block's too."""
-        for parameter in (*self.parameters(), *(each for part in self._parts for each in part.parameters())):
+        self.free_parts()
+        for parameter in self.parameters():
+            parameter.data = parameter.data.new_empty(0)
+
+    def free_parts(self) -> None:
+        """Takes q, k and v from the diffusers block, which cannot run afterwards: views would keep the whole tensor
+        alive wherever this block's weights move.
+        """
+        for parameter in (each for part in self._parts for each in part.parameters()):
             parameter.data = parameter.data.new_empty(0)
 
     def _modulated(self, tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -158,6 +166,12 @@ class WanStack(nn.Module):
         for block in self.blocks:
             assert isinstance(block, WanStackBlock)
             block.release()
+
+    def free_parts(self) -> None:
+        """As `WanStackBlock.free_parts`, of all blocks."""
+        for block in self.blocks:
+            assert isinstance(block, WanStackBlock)
+            block.free_parts()
 
     def forward(self, inputs: StackInputs) -> Tensor:
         """Runs all blocks: [rows, K, dim] in the tokens' dtype."""

@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from cinecat.engines.backends.stack import WanStack
 from cinecat.engines.checkpoint import Checkpoint, find_checkpoint
 from cinecat.engines.context import Branch
 from cinecat.engines.memory_plan import WORDS, Clip, ModelSizes, plan_memory
+from cinecat.engines.messages import StorageDtype
 from cinecat.engines.model import load_model
+from cinecat.engines.placement import HOST, matrices, place
 from cinecat.engines.slots import StyleSlots
 
 SMALL = Clip(64, 64, 9)
@@ -61,6 +64,32 @@ def test_14b_720p_fits_an_80_gb_card_too() -> None:
     sizes = ModelSizes.published(PUBLISHED)
     assert sizes is not None
     assert plan_memory(sizes, Clip(1280, 720, 81), torch.bfloat16, 8, 32).needed < 78 * 2**30
+
+
+def test_14b_serves_480p_on_24_gib_and_720p_on_48_by_offloading_and_float8() -> None:
+    sizes = ModelSizes.published(PUBLISHED)
+    assert sizes is not None
+    small, large = Clip(832, 480, 81), Clip(1280, 720, 81)
+    blocks = plan_memory(sizes, small, torch.bfloat16, 2, 32, "blocks")
+    assert blocks.needed < 23 * 2**30
+    assert blocks.host / 2**30 == pytest.approx(35.2, abs=0.1)
+    narrow = plan_memory(sizes, large, torch.bfloat16, 8, 32, "encoders", "float8_e4m3fn")
+    assert narrow.needed < 44 * 2**30
+    assert narrow.visiting / 2**30 == pytest.approx(10.6, abs=0.1)
+
+
+@pytest.mark.parametrize("storage_dtype", ["none", "float8_e4m3fn"])
+def test_weights_on_the_device_are_those_that_are_placed(checkpoint: Checkpoint, storage_dtype: StorageDtype) -> None:
+    transformer = load_model(checkpoint, "cpu", "bfloat16").transformer
+    stack = WanStack(transformer)
+    wide = sum(weight.nbytes for weight in matrices(stack.blocks[0])) if storage_dtype != "none" else 0
+    place(transformer, stack, HOST, "blocks", storage_dtype)
+    placed = sum(parameter.nbytes for parameter in transformer.parameters())
+    fused = sum(p.nbytes for block in stack.blocks for n, p in block.named_parameters() if n.startswith("qkv"))
+    sizes = ModelSizes.of(checkpoint)
+    memory = plan_memory(sizes, SMALL, torch.bfloat16, 2, 8, "none", storage_dtype)
+    assert memory.transformer == placed + fused + wide
+    assert plan_memory(sizes, SMALL, torch.bfloat16, 2, 8, "blocks", storage_dtype).host > stack.size_bytes
 
 
 def test_what_is_not_published_is_not_known() -> None:

@@ -65,9 +65,21 @@ def test_a_model_larger_than_the_memory_would_not_be_served(monkeypatch: pytest.
     found = findings("--model", "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", "--dtype", "bfloat16")
     assert not found["serves"]
     (problem,) = found["problems"]
-    assert "has 24.00 GiB left; lower style_slots or max_rank, free memory, or choose a larger device" in problem
+    assert "has 24.00 GiB left; lower style_slots or max_rank, free memory, choose a larger device" in problem
     assert found["memory"]["weights"] == pytest.approx(47.2e9, rel=0.01)
     assert "is not on this machine yet" in found["notes"][0]
+
+
+def test_float8_storage_takes_less_and_is_refused_for_other_engines() -> None:
+    wide, narrow = (findings("--storage-dtype", dtype)["memory"]["transformer"] for dtype in ("none", "float8_e4m3fn"))
+    assert narrow < 0.7 * wide
+    assert (
+        "storage_dtype, engine: " in findings("--engine", "inductor", "--storage-dtype", "float8_e4m3fn")["problems"][0]
+    )
+
+
+def test_a_cpu_has_nowhere_to_offload_to() -> None:
+    assert findings("--device", "cpu", "--offload", "blocks")["memory"] == findings("--device", "cpu")["memory"]
 
 
 def test_more_slots_take_more_memory() -> None:

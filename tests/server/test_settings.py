@@ -23,6 +23,8 @@ TYPED = {
     "model_variant": "four-steps.safetensors",
     "device": "cuda:1",
     "dtype": "bfloat16",
+    "offload": "encoders",
+    "storage_dtype": "float8_e4m3fn",
     "threads": "3",
     "style_slots": "4",
     "max_rank": "64",
