@@ -163,6 +163,8 @@ def export_onnx(stack: WanStack, spec: EngineSpec, styled: bool, path: Path) -> 
             onnx = torch.onnx.export(
                 program,
                 input_names=list(graph_names(styled)),
+                # The program has its own symbols for them: this names them.
+                dynamic_shapes=[open_sizes(name) or None for name in graph_names(styled)],
                 output_names=[GRAPH_OUTPUT],
                 opset_version=OPSET,
                 dynamo=True,
