@@ -111,7 +111,9 @@ class EngineCore:
         )
         fingerprint = variant.fingerprint(checkpoint.fingerprint) if variant else checkpoint.fingerprint
         buckets = size_buckets(checkpoint, config.engine_sizes, transformer.config.patch_size[1])
-        spec = engine_spec(checkpoint, fingerprint, transformer, config.style_slots, config.max_rank, buckets)
+        spec = engine_spec(
+            checkpoint, fingerprint, transformer, config.style_slots, config.max_rank, buckets, config.engine_options
+        )
         self._slots = slots
         stack = WanStack(transformer)
         place(transformer, stack, self._model.device, config.offload, config.storage_dtype)
@@ -239,7 +241,6 @@ class EngineCore:
             notes,
             self.residency(),
             engine,
-            self._engines.building,
             self._engines.news(),
         )
 

@@ -38,6 +38,7 @@ class CoreConfig:
         missing_engine: what to do while the engine is not built: "refuse", "torch" (serve from torch and build it), or
             "auto", which is torch where memory for the weights twice is free.
         engine_sizes: (width, height, frames) of clips that engines of fixed shapes are built for.
+        engine_options: of the backend, as its `Options` reads them.
         engine_cache_dir: where engines are kept; empty for the default.
         engine_cache_bytes: of all of them at most; 0 is no limit.
         offload: what is in the host's memory while it does not work: "none", "encoders" (of text and image) or "blocks"
@@ -57,6 +58,7 @@ class CoreConfig:
     engine: str = "torch"
     missing_engine: Literal["auto", "refuse", "torch"] = "auto"
     engine_sizes: tuple[tuple[int, int, int], ...] = ()
+    engine_options: tuple[str, ...] = ()
     engine_cache_dir: str = ""
     engine_cache_bytes: int = 0
     offload: Offload = "none"
@@ -238,9 +240,12 @@ class VariantFused:
 
 @dataclass(frozen=True)
 class EngineNews:
-    """What became of the engine, in a sentence for the log. Comes before Ready, and later with Conditioned."""
+    """What became of the engine, in a sentence for the log, and whether one is being built. Comes before Ready, and later
+    with Conditioned.
+    """
 
     sentence: str
+    building: bool
 
 
 Notice: TypeAlias = SlotMemory | VariantFused | EngineNews
@@ -270,7 +275,6 @@ class Conditioned:
         tokens_uniform: what the uniform path spends per forward and row.
         resident: what is in the slots now.
         engine: the backend that all steps of the request will run on.
-        engine_building: whether that is torch because the one that the settings name is being built.
         news: what became of the engine since the last answer.
     """
 
@@ -279,7 +283,6 @@ class Conditioned:
     notes: tuple[str, ...]
     resident: tuple[ResidentStyle, ...] = ()
     engine: str = "torch"
-    engine_building: bool = False
     news: tuple[EngineNews, ...] = ()
 
 

@@ -109,6 +109,9 @@ def load_encoders(checkpoint: Checkpoint, device: str, dtype: str, on_host: bool
 def load_transformer(checkpoint: Checkpoint, device: str, dtype: str) -> WanTransformer3DModel:
     """Loads the transformer alone, frozen and in eval mode; arguments and errors as `load_model`."""
     place = find_device(device)
+    if place.type == "cuda":
+        # For libraries that run on the current one.
+        torch.cuda.set_device(place)
     folder = checkpoint.folder / "transformer"
     config = read_json(folder / "config.json")
     transformer: WanTransformer3DModel = _empty(folder, lambda: WanTransformer3DModel.from_config(config))

@@ -37,6 +37,9 @@ _TARGETS = (
 # Fingerprints of the styles in a slot; with their strengths where several are stacked.
 _Key = tuple[tuple[str, float | None], ...]
 
+# What rows wear is the same in all steps of a clip: no copy to the device for each.
+_KNOWN_ROWS = 64
+
 # So much of a fingerprint is shown.
 _NAME = 12
 
@@ -120,6 +123,7 @@ class StyleSlots:
         self._banks: dict[str, tuple[Tensor, Tensor]] = {}
         self._resident: OrderedDict[_Key, int] = OrderedDict()
         self._users = [0] * (slots + 1)
+        self._known_rows: dict[tuple[Worn, ...], StyleRows] = {}
         self.targets: dict[str, tuple[int, int]] = {}
         for target in _TARGETS:
             layers = [_linear(block, target) for block in blocks]
@@ -187,11 +191,17 @@ class StyleSlots:
         if not any(worn.slot for worn in rows):
             return None
         device = self._banks[STYLED_TARGETS[0]][0].device
-        return StyleRows(
-            torch.tensor([worn.slot for worn in rows], device=device),
-            torch.tensor([worn.strength for worn in rows], device=device, dtype=torch.float32),
-            self.engine_banks,
-        )
+        key = tuple(rows)
+        known = self._known_rows.get(key)
+        if known is None:
+            if len(self._known_rows) >= _KNOWN_ROWS:
+                self._known_rows.clear()
+            known = self._known_rows[key] = StyleRows(
+                torch.tensor([worn.slot for worn in rows], device=device),
+                torch.tensor([worn.strength for worn in rows], device=device, dtype=torch.float32),
+                self.engine_banks,
+            )
+        return known
 
     @cached_property
     def engine_banks(self) -> Banks:

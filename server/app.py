@@ -261,6 +261,7 @@ def _core_config(settings: Settings) -> CoreConfig:
         engine=settings.engine,
         missing_engine=settings.missing_engine,
         engine_sizes=tuple(map(clip_size, settings.engine_sizes)),
+        engine_options=settings.engine_options,
         engine_cache_dir=str(settings.engine_cache_dir.expanduser()),
         engine_cache_bytes=round(settings.engine_cache_gib * 2**30),
         offload=settings.offload,

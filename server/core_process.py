@@ -153,7 +153,7 @@ class CoreProcess:
         """Waits until the model is there, and is the one that it was before."""
         answer = self._receive()
         while isinstance(answer, SlotMemory | VariantFused | EngineNews):
-            tell(answer)
+            tell(answer, self._metrics)
             answer = self._receive()
         model = _expect(answer, Ready).model
         if self._fingerprint not in ("", model.fingerprint):
@@ -214,7 +214,7 @@ class CoreProcess:
         return await asyncio.get_running_loop().run_in_executor(self._caller, work)
 
 
-def tell(notice: Notice) -> None:
+def tell(notice: Notice, metrics: Metrics) -> None:
     """Logs what the core has to say."""
     match notice:
         case SlotMemory():
@@ -227,6 +227,7 @@ def tell(notice: Notice) -> None:
                 available_bytes=notice.available_bytes,
             )
         case EngineNews():
+            metrics.engine_building.set(notice.building)
             log.warning("engine", news=notice.sentence)
         case VariantFused():
             log.info("model variant", file=notice.name, parameters=notice.parameters, ignored_tensors=notice.ignored)

@@ -180,8 +180,8 @@ class Rendering:
         conditioned = await r.core.call(Condition(shot), Conditioned)
         r.catalogue.activity.resident = conditioned.resident
         for news in conditioned.news:
-            tell(news)
-        r.metrics.engine_building.set(conditioned.engine_building)
+            tell(news, r.metrics)
+        r.model.engine = conditioned.engine
         self._tally.engine = conditioned.engine
         if live.attempts == 1:
             for style in shot.styles:

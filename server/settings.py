@@ -80,7 +80,8 @@ class Settings(BaseModel):
     )
 
     engine: Literal["auto", "torch", "inductor", "onnxruntime", "tensorrt", "torch_tensorrt"] = Field(
-        "auto", description="backend that runs the denoiser; auto is the fastest one that is built, else torch"
+        "auto",
+        description="backend that runs the denoiser; auto is the preferred one of those that are built, else torch",
     )
     missing_engine: Literal["auto", "refuse", "torch"] = Field(
         "auto",
@@ -89,6 +90,11 @@ class Settings(BaseModel):
     )
     engine_sizes: tuple[str, ...] = Field(
         (), description="WIDTHxHEIGHTxFRAMES of clips that engines of fixed shapes are built for, ',' between them"
+    )
+    engine_options: tuple[str, ...] = Field(
+        (),
+        description="of tensorrt, ',' between them: version_compatible, and same_compute_capability or ampere_plus for "
+        "engines that run on other GPUs too",
     )
     engine_cache_dir: Path = Field(default_factory=default_engine_folder, description="built engines")
     engine_cache_gib: float = Field(DEFAULT_MAX_GIB, gt=0, le=1_000_000, description="of all of them at most")
@@ -119,9 +125,9 @@ class Settings(BaseModel):
     def _split_paths(cls, value: object) -> object:
         return tuple(part for part in value.split(os.pathsep) if part) if isinstance(value, str) else value
 
-    @field_validator("engine_sizes", mode="before")
+    @field_validator("engine_sizes", "engine_options", mode="before")
     @classmethod
-    def _split_sizes(cls, value: object) -> object:
+    def _split_words(cls, value: object) -> object:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
     @field_validator("engine_sizes")

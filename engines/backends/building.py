@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -57,11 +59,11 @@ def build_engine(config: CoreConfig, announce: Callable[[str], object]) -> Built
     Raises:
         EngineError, ModelError: it cannot be built; which setting is why.
     """
-    from cinecat.engines.backends.choice import check_sizes, engine_key, find_backend
+    from cinecat.engines.backends.choice import check_fixed, engine_key, find_backend
     from cinecat.engines.backends.loading import load_stack
 
     backend = find_backend(config.engine)
-    check_sizes(backend, config.engine_sizes)
+    check_fixed(backend, config)
     announce("loading the transformer")
     loaded = load_stack(config)
     stack, spec = loaded.stack, loaded.spec
@@ -88,7 +90,8 @@ class BackgroundBuild:
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=self._errors,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            # A session of its own, so that compilers that it starts end with it.
+            start_new_session=True,
         )
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(asdict(config)).encode())
@@ -110,7 +113,8 @@ class BackgroundBuild:
     def stop(self) -> None:
         """Ends it, if it runs."""
         if self._process.poll() is None:
-            self._process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         self._errors.close()
 
@@ -119,7 +123,7 @@ def _die_with(parent: int) -> None:
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(_POLL_SECONDS)
-        os._exit(1)
+        os.killpg(0, signal.SIGKILL)
 
     threading.Thread(target=watch, daemon=True).start()
 
@@ -131,8 +135,9 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     given = json.load(sys.stdin)
     given["engine_sizes"] = tuple(map(tuple, given["engine_sizes"]))
+    given["engine_options"] = tuple(given["engine_options"])
     try:
-        build_engine(replace(CoreConfig(**given), threads=1), lambda step: None)
+        build_engine(CoreConfig(**given), lambda step: None)
     except EngineError as error:
         raise SystemExit(str(error)) from error
 

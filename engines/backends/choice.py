@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from cinecat.engines.backends.tensorrt import TensorRt
 from cinecat.engines.backends.torch_tensorrt import TorchTensorRt
 from cinecat.engines.checkpoint import Checkpoint, read_json
 from cinecat.engines.errors import ModelError, SettingError
+from cinecat.engines.messages import CoreConfig
 from cinecat.engines.tokens.grid import Grid
 from cinecat.engines.tokens.schedule import RUNGS, rung_tokens
 
@@ -22,7 +25,7 @@ TORCH = "torch"
 """The backend that needs no build: the stack, run eagerly."""
 
 AUTO = "auto"
-"""The fastest backend whose engine is built already, else TORCH."""
+"""The first of BACKENDS whose engine is built already, else TORCH."""
 
 BACKENDS: tuple[Backend, ...] = (TensorRt(), TorchTensorRt(), OnnxRuntime(), Inductor())
 """Those that build something, the one to be preferred first."""
@@ -36,8 +39,8 @@ def find_backend(name: str) -> Backend:
     for backend in BACKENDS:
         if backend.name == name:
             return backend
-    names = ", ".join([AUTO, TORCH, *(backend.name for backend in BACKENDS)])
-    raise SettingError(f"engine: {name!r} is not one of {names}")
+    names = ", ".join(backend.name for backend in BACKENDS)
+    raise SettingError(f"engine: {name!r} is none that is built; those are {names}")
 
 
 def engine_spec(
@@ -47,6 +50,7 @@ def engine_spec(
     slots: int,
     max_rank: int,
     buckets: tuple[Bucket, ...] = (ANY_SHAPE,),
+    options: tuple[str, ...] = (),
 ) -> EngineSpec:
     """What engines of a loaded transformer are built from.
 
@@ -58,7 +62,7 @@ def engine_spec(
     return EngineSpec(
         model=fingerprint,
         device=device.type,
-        architecture=_architecture(device),
+        architecture=_architecture(device, bool(options)),
         dtype=str(transformer.dtype).removeprefix("torch."),
         layers=config.num_layers,
         heads=heads,
@@ -68,12 +72,17 @@ def engine_spec(
         slots=slots,
         max_rank=max_rank,
         buckets=buckets,
+        options=options,
     )
 
 
-def check_sizes(backend: Backend, sizes: tuple[tuple[int, int, int], ...]) -> None:
-    """Raises SettingError where a backend's engines have fixed shapes and no size is set to build them for."""
-    if not backend.any_shape and not sizes:
+def check_fixed(backend: Backend, config: CoreConfig) -> None:
+    """Raises SettingError where a backend's engines have fixed shapes and no size is set to build them for, or where
+    options are set that it does not have.
+    """
+    if config.engine_options and backend.name != "tensorrt":
+        raise SettingError(f"engine_options: {backend.name} has none; those that there are belong to tensorrt")
+    if not backend.any_shape and not config.engine_sizes:
         raise SettingError(
             f"engine_sizes: {backend.name} builds for fixed sizes; name those that are asked for, e.g. 832x480x81 "
             "(--size of cinecat engines build)"
@@ -95,11 +104,23 @@ def buckets_for(grids: tuple[Grid, ...]) -> tuple[Bucket, ...]:
     return tuple(Bucket(_ROWS, Range(count, count, count), _TEXT) for count in counts)
 
 
-def _architecture(device: torch.device) -> str:
+def _architecture(device: torch.device, portable: bool) -> str:
+    """The very processor, since compilers use all that it has; of a GPU whose engines are to run on others too, its
+    compute capability.
+    """
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
-        return f"sm_{major}{minor}"
-    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+        return f"sm_{major}{minor}" + ("" if portable else f" {torch.cuda.get_device_name(device)}")
+    features = hashlib.sha256(_cpu_features().encode()).hexdigest()[:8]
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {features}"
+
+
+def _cpu_features() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
 
 
 def _image_tokens(checkpoint: Checkpoint) -> int:

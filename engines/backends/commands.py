@@ -40,6 +40,17 @@ EngineCacheDir = Annotated[
         "[$XDG_CACHE_HOME/cinecat/engines].",
     ),
 ]
+# The same variables as the server reads, so that both mean the same engine.
+Model = Annotated[
+    str, typer.Option(envvar="CINECAT_MODEL", help="wan-tiny, a folder in diffusers' layout, or a hub id.")
+]
+Variant = Annotated[
+    str, typer.Option(envvar="CINECAT_MODEL_VARIANT", help="File whose changes are fused into the model.")
+]
+Device = Annotated[str, typer.Option(envvar="CINECAT_DEVICE", help="auto, cpu, cuda or cuda:N.")]
+Dtype = Annotated[str, typer.Option(envvar="CINECAT_DTYPE", help="auto, float32, bfloat16 or float16.")]
+Slots = Annotated[int, typer.Option(envvar="CINECAT_STYLE_SLOTS", min=1, help="As the server's.")]
+Rank = Annotated[int, typer.Option(envvar="CINECAT_MAX_RANK", min=1, help="As the server's.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
 
 
@@ -58,8 +69,8 @@ def list_engines(engine_cache_dir: EngineCacheDir = None, as_json: Json = False)
 @app.command()
 def build(
     backend: Annotated[str, typer.Option(help="inductor, onnxruntime, tensorrt or torch_tensorrt.")],
-    model: Annotated[str, typer.Option(help="wan-tiny, a folder in diffusers' layout, or a hub id.")] = "wan-tiny",
-    model_variant: Annotated[str, typer.Option(help="File whose changes are fused into the model.")] = "",
+    model: Model = "wan-tiny",
+    model_variant: Variant = "",
     size: Annotated[
         list[str] | None,
         typer.Option(
@@ -68,10 +79,14 @@ def build(
             "be repeated.",
         ),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    style_slots: Annotated[int, typer.Option(min=1, help="As the server's.")] = 8,
-    max_rank: Annotated[int, typer.Option(min=1, help="As the server's.")] = 32,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(help="Of tensorrt: version_compatible, same_compute_capability or ampere_plus; may be repeated."),
+    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    style_slots: Slots = 8,
+    max_rank: Rank = 32,
     engine_cache_dir: EngineCacheDir = None,
     as_json: Json = False,
 ) -> None:
@@ -91,7 +106,8 @@ def build(
         cache_bytes=0,
         model_variant=model_variant,
         engine=backend,
-        engine_sizes=tuple(map(_size_of, size or ())),
+        engine_sizes=tuple(map(_size_of, size or _words("CINECAT_ENGINE_SIZES"))),
+        engine_options=tuple(option or _words("CINECAT_ENGINE_OPTIONS")),
         engine_cache_dir=str(engine_cache_dir or ""),
     )
     console = Console(stderr=True)
@@ -115,8 +131,8 @@ def accept(
     backend: Annotated[
         list[str] | None, typer.Option(help="Try these alone, e.g. torch or onnxruntime; may be repeated.")
     ] = None,
-    model: Annotated[str, typer.Option(help="wan-tiny, a folder in diffusers' layout, or a hub id.")] = "wan-tiny",
-    model_variant: Annotated[str, typer.Option(help="File whose changes are fused into the model.")] = "",
+    model: Model = "wan-tiny",
+    model_variant: Variant = "",
     size: Annotated[
         list[str] | None,
         typer.Option(
@@ -124,10 +140,10 @@ def accept(
             help="Width, height and frames of clips to try; may be repeated [64x64x17, 128x128x17, 192x192x17].",
         ),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    style_slots: Annotated[int, typer.Option(min=1, help="As the server's.")] = 8,
-    max_rank: Annotated[int, typer.Option(min=1, help="As the server's.")] = 32,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    style_slots: Slots = 8,
+    max_rank: Rank = 32,
     pairs: Annotated[int, typer.Option(min=1, help="Samples of each timing.")] = 15,
     report: Annotated[Path, typer.Option(metavar="FILE", help="The page that is written.", dir_okay=False)] = Path(
         "accept.html"
@@ -197,6 +213,11 @@ def accept(
         out.show_table(header, rows)
         out.show(f"{'accepted' if found.accepted else 'not accepted'}; the report is {report}")
     raise typer.Exit(0 if found.accepted else 1)
+
+
+def _words(variable: str) -> list[str]:
+    """What a variable of the server's lists, with commas between."""
+    return [word.strip() for word in os.environ.get(variable, "").split(",") if word.strip()]
 
 
 def _size_of(word: str) -> tuple[int, int, int]:
@@ -272,6 +293,7 @@ def prune(
 
 def _folder(given: Path | None) -> Path:
     """Where the engines are. What was named must be there: a wrong name would look like an empty folder."""
+    given = given.expanduser() if given is not None else None
     if given is not None and not given.is_dir():
         raise out.usage_error(
             f"--engine-cache-dir: {given} is not a folder; name the one that the server's engine_cache_dir names"

@@ -35,7 +35,10 @@ class InductorEngine:
 
     def __init__(self, stack: WanStack, folder: Path) -> None:
         self._weights = [_weights(block) for block in stack.blocks]
-        self._blocks = {kind: torch._inductor.aoti_load_package(str(folder / _file(*kind))) for kind in _KINDS}
+        index = -1 if stack.device.index is None else stack.device.index
+        self._blocks = {
+            kind: torch._inductor.aoti_load_package(str(folder / _file(*kind)), device_index=index) for kind in _KINDS
+        }
 
     def covers(self, inputs: StackInputs) -> bool:
         return True
@@ -72,7 +75,12 @@ class Inductor:
                 with warnings.catch_warnings(), torch.no_grad():
                     warnings.simplefilter("ignore")
                     program = _export_block(stack.blocks[0], spec, styled, biased)
-                    torch._inductor.aoti_compile_and_package(program, package_path=str(folder / _file(styled, biased)))
+                    torch._inductor.aoti_compile_and_package(
+                        program,
+                        package_path=str(folder / _file(styled, biased)),
+                        # Whoever builds it may have other threads than who runs it.
+                        inductor_configs={"cpp.dynamic_threads": True},
+                    )
             except Exception as error:  # compilers fail in many ways
                 raise EngineError(f"engines: inductor cannot compile the blocks: {error}") from error
 

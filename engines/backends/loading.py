@@ -47,7 +47,9 @@ def load_stack(config: CoreConfig) -> LoadedStack:
         fuse_variant(transformer, variant)
         fingerprint = variant.fingerprint(fingerprint)
     buckets = size_buckets(checkpoint, config.engine_sizes, transformer.config.patch_size[1])
-    spec = engine_spec(checkpoint, fingerprint, transformer, config.style_slots, config.max_rank, buckets)
+    spec = engine_spec(
+        checkpoint, fingerprint, transformer, config.style_slots, config.max_rank, buckets, config.engine_options
+    )
     return LoadedStack(transformer, checkpoint, WanStack(transformer), spec)
 
 

@@ -30,9 +30,9 @@ class OnnxRuntimeEngine:
 
     name = "onnxruntime"
 
-    def __init__(self, folder: Path, device: str) -> None:
+    def __init__(self, folder: Path, device: torch.device) -> None:
         self._folder = folder
-        self._device = torch.device(device)
+        self._device = device
         self._sessions = {False: self._session(styled=False)}
 
     def covers(self, inputs: StackInputs) -> bool:
@@ -100,4 +100,4 @@ class OnnxRuntime:
             export_onnx(stack, spec, name == _STYLED, folder / name)
 
     def load(self, stack: WanStack, spec: EngineSpec, folder: Path) -> Engine:
-        return OnnxRuntimeEngine(folder, spec.device)
+        return OnnxRuntimeEngine(folder, stack.device)

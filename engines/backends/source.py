@@ -5,11 +5,12 @@ from __future__ import annotations
 import shlex
 
 from cinecat.engines.backends.building import BackgroundBuild, open_store
-from cinecat.engines.backends.choice import AUTO, BACKENDS, TORCH, check_sizes, engine_key, find_backend
+from cinecat.engines.backends.choice import AUTO, BACKENDS, TORCH, check_fixed, engine_key, find_backend
 from cinecat.engines.backends.contract import Backend, Engine, EngineSpec
 from cinecat.engines.backends.stack import WanStack
+from cinecat.engines.backends.store_folder import default_engine_folder
 from cinecat.engines.backends.torch_eager import TorchEngine
-from cinecat.engines.errors import EngineCacheError, EngineError, ModelError, SettingError
+from cinecat.engines.errors import EngineError, ModelError, SettingError
 from cinecat.engines.memory import available_bytes
 from cinecat.engines.messages import CoreConfig, EngineNews
 
@@ -31,6 +32,8 @@ class EngineSource:
             ModelError: the backend cannot run here, or its engine has to be built first.
         """
         self._stack, self._spec, self._config = stack, spec, config
+        # As long as this lives, what it took is not pruned.
+        self._store = open_store(config)
         self._torch: TorchEngine | None = TorchEngine(stack)
         self._built: Engine | None = None
         self._build: BackgroundBuild | None = None
@@ -44,19 +47,24 @@ class EngineSource:
         if problem := self._backend.missing(stack.device):
             raise ModelError(f"engine: {problem}")
         try:
-            check_sizes(self._backend, config.engine_sizes)
+            check_fixed(self._backend, config)
+            stays = config.missing_engine != "refuse" and self._torch_may_stay(self._backend)
+            if self._take(self._backend, stays):
+                return
         except SettingError as error:
             raise ModelError(str(error)) from error
-        if self._take(self._backend):
-            return
-        if config.missing_engine == "refuse" or not self._torch_may_stay(self._backend):
+        except EngineError as error:
+            raise ModelError(
+                f"{error}; let cinecat engines prune remove what is damaged, or set engine to torch"
+            ) from error
+        if not stays:
             raise ModelError(
                 f"engine: no {config.engine} engine is built for this model and these settings; build it first: "
                 f"{build_command(config)}; or set missing_engine to torch, to serve meanwhile from a second copy of "
                 "the weights"
             )
-        self._tell(f"no {config.engine} engine is built yet; serving from torch while one is")
         self._build = BackgroundBuild(config)
+        self._tell(f"no {config.engine} engine is built yet; serving from torch while one is")
 
     def current(self) -> Engine:
         """The engine for a request that begins now; it must run on the same one until its end."""
@@ -76,10 +84,10 @@ class EngineSource:
         if self._built is None or self._backend_takes(tokens):
             return engine
         if self._torch is None:
-            count = next(count for count in tokens if not self._covered(count))
+            sizes = ", ".join("x".join(map(str, size)) for size in self._config.engine_sizes)
             raise EngineError(
-                f"size: no {self._built.name} engine is built for {count} tokens; ask for another size or length, or "
-                f"let the operator build it: {build_command(self._config)} --size WIDTHxHEIGHTxFRAMES"
+                f"size: the {self._built.name} engine is built for {sizes} alone; ask for one of them, or let the "
+                "operator add this one to engine_sizes and run cinecat engines build"
             )
         return self._torch
 
@@ -107,7 +115,7 @@ class EngineSource:
             self._build = None
 
     def _tell(self, sentence: str) -> None:
-        self._news.append(EngineNews(sentence))
+        self._news.append(EngineNews(sentence, self.building))
 
     def _backend_takes(self, tokens: tuple[int, ...]) -> bool:
         return self._backend.any_shape or all(map(self._covered, tokens))
@@ -119,18 +127,26 @@ class EngineSource:
         for backend in BACKENDS:
             if backend.missing(self._stack.device) is None and (backend.any_shape or self._config.engine_sizes):
                 try:
-                    if self._take(backend):
+                    if self._take(backend, self._torch_may_stay(backend)):
                         return
-                except (EngineError, EngineCacheError) as error:
+                except EngineError as error:
                     self._tell(f"{backend.name} is left out: {error}")
 
-    def _take(self, backend: Backend) -> bool:
-        """Loads a backend's engine from the cache; whether there is one."""
-        files = open_store(self._config).get(engine_key(backend, self._spec))
+    def _take(self, backend: Backend, stays: bool) -> bool:
+        """Loads a backend's engine from the cache; whether there is one.
+
+        Args:
+            stays: whether torch's weights are kept beside it.
+        """
+        key = engine_key(backend, self._spec)
+        files = self._store.get(key)
         if files is None:
             return False
-        stays = self._torch_may_stay(backend)
-        self._built = backend.load(self._stack, self._spec, files)
+        try:
+            self._built = backend.load(self._stack, self._spec, files)
+        except EngineError:
+            self._store.release(key)
+            raise
         self._backend = backend
         if not stays:
             self._torch = None
@@ -151,8 +167,14 @@ class EngineSource:
         try:
             if not self._build.ended():
                 return
-            if self._take(self._backend):
+            # Where it was allowed to begin, torch stays: requests may be running on it.
+            if self._take(self._backend, stays=True):
                 self._tell(f"the {self._backend.name} engine is built; new requests run on it")
+            else:
+                self._tell(
+                    f"the {self._backend.name} engine is built but not in the cache; is engine_cache_gib too small? "
+                    "Serving from torch"
+                )
         except EngineError as error:
             self._tell(f"{error}; serving from torch")
         self.close()
@@ -167,10 +189,12 @@ def build_command(config: CoreConfig) -> str:
         ("--dtype", config.dtype, AUTO),
         ("--style-slots", config.style_slots, 8),
         ("--max-rank", config.max_rank, 32),
-        ("--engine-cache-dir", config.engine_cache_dir, ""),
+        ("--engine-cache-dir", config.engine_cache_dir, str(default_engine_folder())),
     ):
-        if value != default:
+        if value not in (default, ""):
             words += [option, str(value)]
+    for option in config.engine_options:
+        words += ["--option", option]
     for size in config.engine_sizes:
         words += ["--size", "x".join(map(str, size))]
     return shlex.join(words)

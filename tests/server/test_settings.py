@@ -33,6 +33,7 @@ TYPED = {
     "engine": "onnxruntime",
     "missing_engine": "refuse",
     "engine_sizes": "832x480x81,1280x720x81",
+    "engine_options": "version_compatible,ampere_plus",
     "engine_cache_dir": "engines",
     "engine_cache_gib": "5.5",
     "data_dir": "data",
@@ -49,7 +50,9 @@ TYPED = {
     "log_format": "json",
     "log_level": "debug",
 }
-PRINTED = {name: value for name, value in TYPED.items() if name not in ("styles_dirs", "engine_sizes")}
+PRINTED = {
+    name: value for name, value in TYPED.items() if name not in ("styles_dirs", "engine_sizes", "engine_options")
+}
 
 
 @pytest.fixture
@@ -168,6 +171,7 @@ def test_every_setting_is_a_flag_of_serve() -> None:
     assert result.exit_code == 0, result.output
     shown = json.loads(result.stdout)
     assert shown.pop("styles_dirs") == ["styles"]
+    assert shown.pop("engine_options") == ["version_compatible", "ampere_plus"]
     assert shown.pop("engine_sizes") == ["832x480x81", "1280x720x81"]
     assert {name: f"{value}" for name, value in shown.items()} == PRINTED
 
