@@ -14,9 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cinecat.engines import stages
-from cinecat.engines.backends.choice import engine_spec
 from cinecat.engines.backends.contract import Engine
-from cinecat.engines.backends.loading import size_buckets
+from cinecat.engines.backends.loading import served_spec
 from cinecat.engines.backends.source import EngineSource
 from cinecat.engines.backends.stack import WanStack
 from cinecat.engines.cache import ContentCache
@@ -110,10 +109,7 @@ class EngineCore:
             transformer.blocks, config.style_slots, config.max_rank, self._model.dtype, others, self._model.device
         )
         fingerprint = variant.fingerprint(checkpoint.fingerprint) if variant else checkpoint.fingerprint
-        buckets = size_buckets(checkpoint, config.engine_sizes, transformer.config.patch_size[1])
-        spec = engine_spec(
-            checkpoint, fingerprint, transformer, config.style_slots, config.max_rank, buckets, config.engine_options
-        )
+        spec = served_spec(checkpoint, fingerprint, transformer, config)
         self._slots = slots
         stack = WanStack(transformer)
         place(transformer, stack, self._model.device, config.offload, config.storage_dtype)

@@ -240,8 +240,9 @@ class VariantFused:
 
 @dataclass(frozen=True)
 class EngineNews:
-    """What became of the engine, in a sentence for the log, and whether one is being built. Comes before Ready, and later
-    with Conditioned.
+    """What became of the engine, in a sentence for the log, and whether one is being built.
+
+    Comes before Ready, and later with Conditioned.
     """
 
     sentence: str

@@ -46,11 +46,22 @@ def load_stack(config: CoreConfig) -> LoadedStack:
     if variant is not None:
         fuse_variant(transformer, variant)
         fingerprint = variant.fingerprint(fingerprint)
-    buckets = size_buckets(checkpoint, config.engine_sizes, transformer.config.patch_size[1])
-    spec = engine_spec(
-        checkpoint, fingerprint, transformer, config.style_slots, config.max_rank, buckets, config.engine_options
-    )
+    spec = served_spec(checkpoint, fingerprint, transformer, config)
     return LoadedStack(transformer, checkpoint, WanStack(transformer), spec)
+
+
+def served_spec(checkpoint: Checkpoint, fingerprint: str, transformer: Any, config: CoreConfig) -> EngineSpec:
+    """What a server's engines are built from.
+
+    Args:
+        fingerprint: of the model with what is fused into it.
+
+    Raises:
+        SettingError: a size of `engine_sizes` is none of the model's.
+    """
+    buckets = size_buckets(checkpoint, config.engine_sizes, transformer.config.patch_size[1])
+    slots, rank, options = config.style_slots, config.max_rank, config.engine_options
+    return engine_spec(checkpoint, fingerprint, transformer, slots, rank, buckets, options)
 
 
 def size_buckets(

@@ -167,6 +167,7 @@ class EngineSource:
         try:
             if not self._build.ended():
                 return
+            self.close()
             # Where it was allowed to begin, torch stays: requests may be running on it.
             if self._take(self._backend, stays=True):
                 self._tell(f"the {self._backend.name} engine is built; new requests run on it")
@@ -176,8 +177,8 @@ class EngineSource:
                     "Serving from torch"
                 )
         except EngineError as error:
+            self.close()
             self._tell(f"{error}; serving from torch")
-        self.close()
 
 
 def build_command(config: CoreConfig) -> str:

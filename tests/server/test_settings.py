@@ -50,9 +50,8 @@ TYPED = {
     "log_format": "json",
     "log_level": "debug",
 }
-PRINTED = {
-    name: value for name, value in TYPED.items() if name not in ("styles_dirs", "engine_sizes", "engine_options")
-}
+LISTS = ("styles_dirs", "engine_sizes", "engine_options")
+PRINTED = {name: value for name, value in TYPED.items() if name not in LISTS}
 
 
 @pytest.fixture
