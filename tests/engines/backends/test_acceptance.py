@@ -103,7 +103,7 @@ def test_one_that_cannot_be_built_is_not_accepted_and_the_others_are_tried(
 @pytest.mark.parametrize(
     ("arguments", "size", "told"),
     [
-        (("--backend", "quantum"), "64x64x5", "'quantum' is not one of"),
+        (("--backend", "quantum"), "64x64x5", "'quantum' is none that is built"),
         ((), "60x64x5", "60x64x5: width and height are"),
     ],
 )

@@ -175,6 +175,31 @@ class TestWeights:
         open_source(loaded, settings)
         assert (loaded.stack.size_bytes > 0) == stays
 
+    def test_those_that_requests_began_on_stay_when_a_build_ends_short_of_memory(
+        self, loaded: LoadedStack, settings: CoreConfig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        use(monkeypatch, FakeBackend("fake", own_weights=True))
+        monkeypatch.setattr(source, "BackgroundBuild", HereBuild)
+        opened = open_source(loaded, settings)
+        before = opened.current()
+        monkeypatch.setattr(source, "available_bytes", lambda device: 0)
+        monkeypatch.setattr(HereBuild, "done", True)
+        assert opened.current().name == "fake"
+        suite = ParitySuite(loaded.transformer, loaded.spec)
+        assert suite.check(before, CASE).passed
+
+
+class TestCache:
+    def test_an_engine_that_serves_is_not_pruned(
+        self, loaded: LoadedStack, settings: CoreConfig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        use(monkeypatch, FakeBackend("fake"))
+        build(settings)
+        opened = open_source(loaded, settings)
+        assert opened.current().name == "fake"
+        pruned = open_store(settings).prune(0)
+        assert (len(pruned.removed), len(pruned.in_use)) == (0, 1)
+
 
 class TestKey:
     def test_everything_that_an_engine_is_built_from_changes_it(self) -> None:
@@ -300,7 +325,7 @@ build_engine(
 
 class TestChoice:
     def test_another_name_is_refused_with_those_there_are(self) -> None:
-        with pytest.raises(SettingError, match=r"^engine: 'quantum' is not one of auto, torch, "):
+        with pytest.raises(SettingError, match=r"^engine: 'quantum' is none that is built; those are tensorrt, "):
             choice.find_backend("quantum")
 
     def test_buckets_are_for_every_rung_of_every_size(self) -> None:
