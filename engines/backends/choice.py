@@ -27,7 +27,7 @@ TORCH = "torch"
 AUTO = "auto"
 """The first of BACKENDS whose engine is built already, else TORCH."""
 
-BACKENDS: tuple[Backend, ...] = (TensorRt(), TorchTensorRt(), OnnxRuntime(), Inductor())
+BACKENDS: tuple[Backend, ...] = (TensorRt(), TorchTensorRt(), Inductor(), OnnxRuntime())
 """Those that build something, the one to be preferred first."""
 
 _ROWS = Range(1, 1, 2)
