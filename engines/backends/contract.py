@@ -29,9 +29,6 @@ STYLED_TARGETS = (
 computed once per request and come in as they are.
 """
 
-TOKEN_MULTIPLE = 8
-"""Tokens of merged steps are a multiple of this: see `tokens.schedule`."""
-
 TEXT_MULTIPLE = 16
 """Text keys of an engine are a multiple of this: see `context.ContextKeys`."""
 
@@ -120,19 +117,20 @@ class StackInputs:
 GRAPH_INPUTS = tuple(each.name for each in fields(StackInputs) if each.name != "styles")
 """Names of a plain graph's inputs, in order."""
 
-STYLE_INPUTS = (
-    "slots",
-    "strengths",
-    *(f"bank_{target.replace('.', '_')}_{side}" for target in STYLED_TARGETS for side in "ab"),
-)
-"""Names of the further inputs of a styled graph, in order."""
-
-GRAPH_OUTPUT = "output"
-
 
 def bank_name(target: str, side: str) -> str:
     """Name of the input that holds bank A or B ("a" or "b") of a target."""
     return f"bank_{target.replace('.', '_')}_{side}"
+
+
+STYLE_INPUTS = (
+    "slots",
+    "strengths",
+    *(bank_name(target, side) for target in STYLED_TARGETS for side in "ab"),
+)
+"""Names of the further inputs of a styled graph, in order."""
+
+GRAPH_OUTPUT = "output"
 
 
 class Engine(Protocol):

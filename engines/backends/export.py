@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -80,8 +80,18 @@ def open_sizes(name: str) -> dict[int, str]:
     return _OPEN.get(name, {})
 
 
-def open_layer_sizes(styled: bool, biased: bool, sizes: Mapping[str, Dim]) -> list[Any]:
+def open_dims() -> dict[str, Dim]:
+    """The open sizes as torch.export is told of them: fresh ones for each program."""
+    return {
+        ROWS: Dim(ROWS, min=1, max=64),
+        TOKENS: Dim(TOKENS, min=2, max=2**20),
+        TEXT: Dim(TEXT, min=2, max=512),
+    }
+
+
+def open_layer_sizes(styled: bool, biased: bool) -> list[Any]:
     """Open sizes of a block's tokens and of `stack.layer_inputs`, in torch.export's form."""
+    sizes = open_dims()
 
     def of(name: str) -> dict[int, Dim]:
         # A layer's keys and values have lost the dimension of the layers.
@@ -136,11 +146,7 @@ def target_size(target: str, spec: EngineSpec) -> tuple[int, int]:
 def export_program(stack: WanStack, spec: EngineSpec, styled: bool) -> ExportedProgram:
     """The stack as torch.export sees it. Raises EngineError when it cannot be exported."""
     named = example_inputs(spec, styled).named(styled)
-    sizes = {
-        ROWS: Dim(ROWS, min=1, max=64),
-        TOKENS: Dim(TOKENS, min=2, max=2**20),
-        TEXT: Dim(TEXT, min=2, max=512),
-    }
+    sizes = open_dims()
     shapes = tuple({dim: sizes[size] for dim, size in open_sizes(name).items()} for name in named)
     try:
         with torch.no_grad():

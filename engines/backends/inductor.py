@@ -17,10 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim
 
 from cinecat.engines.backends.contract import Engine, EngineSpec, StackInputs
-from cinecat.engines.backends.export import ROWS, TEXT, TOKENS, example_inputs, open_layer_sizes
+from cinecat.engines.backends.export import example_inputs, open_layer_sizes
 from cinecat.engines.backends.stack import WanStack, layer_inputs
 from cinecat.engines.errors import EngineError
 
@@ -110,9 +109,8 @@ def _export_block(block: nn.Module, spec: EngineSpec, styled: bool, biased: bool
     inputs = example_inputs(spec, styled)
     if not biased:
         inputs = replace(inputs, key_bias=None)
-    sizes = {ROWS: Dim(ROWS, min=1, max=64), TOKENS: Dim(TOKENS, min=2, max=2**20), TEXT: Dim(TEXT, min=2, max=512)}
     weights = _weights(block)
-    tokens, *rest = open_layer_sizes(styled, biased, sizes)
+    tokens, *rest = open_layer_sizes(styled, biased)
     return torch.export.export(
         _BlockFunction(block),
         (weights, inputs.tokens, layer_inputs(inputs, 0)),

@@ -29,6 +29,7 @@ from cinecat.engines.context import Branch, RowContexts
 from cinecat.engines.denoise import Denoiser, EngineBlocks, Merged
 from cinecat.engines.errors import EngineError
 from cinecat.engines.slots import NO_STYLE, Factors, StyleSlots, Worn
+from cinecat.engines.stages import TEXT_TOKENS
 from cinecat.engines.tokens import path
 from cinecat.engines.tokens.adaptive import price
 from cinecat.engines.tokens.grid import Grid
@@ -36,9 +37,6 @@ from cinecat.engines.tokens.schedule import rung_tokens
 
 TOLERANCES: Mapping[str, float] = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 4e-3}
 """Largest difference that passes, over the largest absolute value of what diffusers predicts, by the tokens' dtype."""
-
-TEXT_POSITIONS = 512
-"""What diffusers' cross-attention pads prompts to."""
 
 _LATENTS, _CONDITION = 16, 20
 _STYLES = 2
@@ -235,7 +233,7 @@ class ParitySuite:
             return torch.randn(1, *sizes, generator=draw).to(device)
 
         latents, condition, prediction = (drawn(n, *shape) for n in (_LATENTS, _CONDITION, _LATENTS))
-        text = drawn(TEXT_POSITIONS, config.text_dim).to(dtype)
+        text = drawn(TEXT_TOKENS, config.text_dim).to(dtype)
         text[:, case.words[index] :] = 0
         image = drawn(self._spec.image_tokens, config.image_dim).to(dtype)
         merged = None
@@ -322,8 +320,7 @@ class _DiffusersBlocks:
         worn: Worn,
         key_bias: Tensor | None,
     ) -> Tensor:
-        # diffusers' tables hold every angle twice, once for each channel of a pair.
-        tables = tuple(table.repeat_interleave(2, dim=-1)[:, :, None] for table in rope)
+        tables = diffusers_rope(rope)
         attention = BiasedAttention(None if key_bias is None else key_bias[:, None, None])
         for block in self._blocks:
             own, block.attn1.processor = block.attn1.processor, attention
@@ -332,6 +329,13 @@ class _DiffusersBlocks:
             finally:
                 block.attn1.processor = own
         return tokens
+
+
+def diffusers_rope(rope: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Tables [1, K, head_dim / 2] as diffusers' blocks take them, [1, K, 1, head_dim]: every angle twice, once for each
+    channel of a pair.
+    """
+    return tuple(table.repeat_interleave(2, dim=-1)[:, :, None] for table in rope)
 
 
 class BiasedAttention(WanAttnProcessor):  # type: ignore[misc]

@@ -13,7 +13,7 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from cinecat.engines.backends.parity import BiasedAttention
+from cinecat.engines.backends.parity import BiasedAttention, diffusers_rope
 from cinecat.engines.context import Branch
 from cinecat.engines.denoise import Denoiser, Merged
 from cinecat.engines.slots import NO_STYLE, Factors, Worn
@@ -128,7 +128,7 @@ class TwoPaths:
         text_attention = PaddedTextAttention(text_bias(torch.tensor([words]), words).to(tokens))
         self_attention = BiasedAttention(None if key_bias is None else key_bias[:, None, None])
         context = torch.cat([branch.image, branch.text], dim=1)
-        tables = tuple(table.repeat_interleave(2, dim=-1)[:, :, None] for table in rope)
+        tables = diffusers_rope(rope)
         for block in self._transformer.blocks:
             block.attn1.processor, block.attn2.processor = self_attention, text_attention
             tokens = block(tokens, context, modulation, tables)
