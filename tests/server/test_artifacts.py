@@ -6,6 +6,7 @@ import hashlib
 import json
 import resource
 from collections.abc import Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -46,13 +47,15 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ArtifactSt
     MemoryFileSystem.store.clear()
 
 
-@pytest.fixture
+@contextmanager
 def small_disk() -> Iterator[None]:
-    """A disk on which no file can grow beyond 20 kB."""
+    """A disk on which no file can grow beyond 20 kB. No fixture: pytest's own report may go to a longer file."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def write(path: Path, format: ArtifactFormat, *chunks: NDArray[Any], shape: ClipShape = SHAPE) -> WrittenArtifact:
@@ -247,9 +250,8 @@ def test_abort_leaves_nothing_and_may_be_repeated(tmp_path: Path, format: Artifa
 
 
 @FORMATS
-@pytest.mark.usefixtures("small_disk")
 def test_a_full_disk_is_an_artifact_error_and_leaves_nothing(tmp_path: Path, format: ArtifactFormat) -> None:
-    with pytest.raises(ArtifactError, match=r"cannot write file: File too large"):
+    with small_disk(), pytest.raises(ArtifactError, match=r"cannot write file: File too large"):
         write(tmp_path / "file", format, NOISE)
     assert list(tmp_path.iterdir()) == []
 
