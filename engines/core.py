@@ -6,6 +6,7 @@ import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,10 +32,13 @@ from cinecat.engines.messages import (
     Decoded,
     ModelInfo,
     Notice,
+    RequestStepped,
     ResidentStyle,
+    Saved,
     Shot,
     StageTime,
     Stepped,
+    StepShape,
     StyleUse,
 )
 from cinecat.engines.model import WanModel, load_model, synchronize
@@ -238,6 +242,8 @@ class EngineCore:
             self.residency(),
             engine,
             self._engines.news(),
+            rows=len(self._requests[shot.job_id].branches),
+            next=self._next(self._requests[shot.job_id]),
         )
 
     def _encode_text(self, prompt: str) -> Tensor:
@@ -248,8 +254,21 @@ class EngineCore:
         with on_device(self._model.image_encoder, self._model.device):
             return stages.encode_image(self._model, image)
 
+    def save(self, job_id: str, path: Path) -> Saved:
+        raise EngineError(f"job {job_id}: {path} cannot be written")
+
+    def steps(self, job_ids: tuple[str, ...]) -> Stepped:
+        started = time.perf_counter()
+        stepped = tuple(map(self.step, job_ids))
+        return Stepped(time.perf_counter() - started, stepped)
+
+    def _next(self, request: _Request) -> StepShape | None:
+        if request.step >= len(request.timesteps):
+            return None
+        return StepShape("torch", request.grid.count)
+
     @torch.inference_mode()
-    def step(self, job_id: str) -> Stepped:
+    def step(self, job_id: str) -> RequestStepped:
         """Runs the next denoising step.
 
         Raises:
@@ -259,7 +278,7 @@ class EngineCore:
         timesteps = request.timesteps
         if request.step >= len(timesteps):
             raise EngineError(f"job {job_id} has done all its {len(timesteps)} steps")
-        started, tokens = time.perf_counter(), request.tokens
+        tokens = request.tokens
         planned = tokens.seconds if tokens else 0.0
         timestep = timesteps[request.step]
         velocity, spent = self._velocity(request, timestep)
@@ -272,10 +291,12 @@ class EngineCore:
             )
         request.step += 1
         synchronize(self._model.device)
-        seconds = time.perf_counter() - started
+        next = self._next(request)
         if tokens is None:
-            return Stepped(request.step, len(timesteps), seconds, spent)
-        return Stepped(request.step, len(timesteps), seconds, spent, tokens.seconds - planned, tokens.keep_ratio)
+            return RequestStepped(job_id, request.step, len(timesteps), spent, next=next)
+        return RequestStepped(
+            job_id, request.step, len(timesteps), spent, tokens.seconds - planned, tokens.keep_ratio, next
+        )
 
     def _velocity(self, request: _Request, timestep: Tensor) -> tuple[Tensor, int]:
         """The guided velocity of the coming step, and the tokens of each forward."""

@@ -1,7 +1,7 @@
 """What the front and the engine core say to each other: plain data, no torch, pickled over a pipe.
 
 The front sends one call and reads one answer. The calls on one request come in the order Condition, Step until done,
-Decode until done, Release; Release may come at any time.
+Decode until done, Release; Save may come between any two of them, Release at any time.
 """
 
 from __future__ import annotations
@@ -80,6 +80,7 @@ class ModelInfo:
         shift: of the noise schedule, where a request gives none.
         variant: file name of the model variant that is fused into the transformer; empty for none.
         buckets: most rows, and tokens of each, of the only shapes that run; empty where all do.
+        state_bytes: that requests may hold together, beside what a forward or a decode works with; 0 is no bound.
     """
 
     name: str
@@ -99,6 +100,7 @@ class ModelInfo:
     other_targets: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     variant: str = ""
     buckets: tuple[tuple[int, int], ...] = ()
+    state_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -154,16 +156,57 @@ class Shot:
 
 @dataclass(frozen=True)
 class Condition:
-    """Encode prompt and image and draw the starting noise."""
+    """Encode prompt and image, and draw the starting noise or go on from a checkpoint.
+
+    Attributes:
+        checkpoint: path of what Save wrote for the request; a file that is not there, or is not of this shot, model and
+            solver, is no checkpoint, and the request starts with noise.
+    """
 
     shot: Shot
+    checkpoint: str = ""
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """What a step runs on. Steps of one shape may share a forward.
+
+    Attributes:
+        engine: the backend.
+        tokens: of each row.
+        merged: whether tokens stand for several patches.
+        most_rows: that the engine takes in one forward; 0 for any number.
+    """
+
+    engine: str
+    tokens: int
+    merged: bool = False
+    most_rows: int = 0
 
 
 @dataclass(frozen=True)
 class Step:
-    """Run one denoising step: one forward, or two with guidance."""
+    """Run one denoising step of every request named, in one forward (or, with guidance, two).
+
+    Attributes:
+        job_ids: one, or several whose coming steps have one StepShape.
+        previews: those of them whose clean prediction is wanted as pictures.
+    """
+
+    job_ids: tuple[str, ...]
+    previews: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Save:
+    """Write a request's checkpoint, at once or not at all: what its steps have made so far.
+
+    Attributes:
+        path: of the file; one that is there is replaced.
+    """
 
     job_id: str
+    path: str
 
 
 @dataclass(frozen=True)
@@ -189,7 +232,7 @@ class Warm:
     style: StyleUse
 
 
-Call: TypeAlias = Condition | Step | Decode | Release | Warm
+Call: TypeAlias = Condition | Step | Save | Decode | Release | Warm
 
 
 @dataclass(frozen=True)
@@ -277,6 +320,12 @@ class Conditioned:
         resident: what is in the slots now.
         engine: the backend that all steps of the request will run on.
         news: what became of the engine since the last answer.
+        rows: of the request in a forward.
+        state_bytes: that the request holds on the device until Release, beside what a forward or a decode works with.
+        decode_bytes: that it holds besides from its first Decode on.
+        next: shape of the coming step; None where all are done.
+        step_tokens: of the steps that were done before the checkpoint, in order; empty without one.
+        keep_ratio: that the clip is held to, as in RequestStepped.
     """
 
     timings: tuple[StageTime, ...]
@@ -285,6 +334,35 @@ class Conditioned:
     resident: tuple[ResidentStyle, ...] = ()
     engine: str = "torch"
     news: tuple[EngineNews, ...] = ()
+    rows: int = 1
+    state_bytes: int = 0
+    decode_bytes: int = 0
+    next: StepShape | None = None
+    step_tokens: tuple[int, ...] = ()
+    keep_ratio: float = 1.0
+
+
+@dataclass(frozen=True)
+class RequestStepped:
+    """What a Step did for one request.
+
+    Attributes:
+        step: how many it has done, of `total`.
+        tokens: that it spent, per forward and row.
+        plan_seconds: spent on planning.
+        keep_ratio: that the clip is held to; with a target, 1 until it is chosen after the first step.
+        next: shape of the coming step; None after the last.
+        preview: the clean prediction in colours, uint8 [latent frames, h, w, 3], where it was asked for.
+    """
+
+    job_id: str
+    step: int
+    total: int
+    tokens: int
+    plan_seconds: float = 0.0
+    keep_ratio: float = 1.0
+    next: StepShape | None = None
+    preview: NDArray[np.uint8] | None = None
 
 
 @dataclass(frozen=True)
@@ -292,18 +370,22 @@ class Stepped:
     """Answer to Step.
 
     Attributes:
-        seconds: of the step, planning included.
-        tokens: that it spent, per forward and row.
-        plan_seconds: spent on planning.
-        keep_ratio: that the clip is held to; with a target, 1 until it is chosen after the first step.
+        seconds: of all of it, planning included.
+        requests: one of each request, in the order of the call. A Failure is that request's own, such as NaN in its
+            latents, and the others went on; what fails the forward as a whole answers Failure instead of Stepped, and
+            then no request has changed.
     """
 
-    step: int
-    total: int
     seconds: float
-    tokens: int
-    plan_seconds: float = 0.0
-    keep_ratio: float = 1.0
+    requests: tuple[RequestStepped | Failure, ...]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Answer to Save."""
+
+    seconds: float
+    size_bytes: int
 
 
 @dataclass(frozen=True)
@@ -337,4 +419,4 @@ class Failure:
     fatal: bool = False
 
 
-Answer: TypeAlias = Ready | Conditioned | Stepped | Decoded | Released | Warmed | Failure
+Answer: TypeAlias = Ready | Conditioned | Stepped | Saved | Decoded | Released | Warmed | Failure

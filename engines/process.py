@@ -12,6 +12,7 @@ import signal
 import threading
 from multiprocessing.connection import Connection, wait
 from multiprocessing.shared_memory import SharedMemory
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,6 +29,7 @@ from cinecat.engines.messages import (
     Ready,
     Release,
     Released,
+    Save,
     Step,
     Warm,
     Warmed,
@@ -91,8 +93,10 @@ def _answer(core: EngineCore, call: Call) -> Answer:
     match call:
         case Condition(shot):
             return core.condition(shot)
-        case Step(job_id):
-            return core.step(job_id)
+        case Step(job_ids, _):
+            return core.steps(job_ids)
+        case Save(job_id, path):
+            return core.save(job_id, Path(path))
         case Decode(job_id, buffer, dtype):
             return core.decode(job_id, lambda frames: _write_frames(frames, buffer, dtype))
         case Release(job_id):

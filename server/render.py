@@ -22,6 +22,7 @@ from cinecat.engines.messages import (
     Decoded,
     Release,
     Released,
+    RequestStepped,
     Shot,
     StageTime,
     Step,
@@ -196,14 +197,16 @@ class Rendering:
         r, live = self._renderer, self.live
         if live.job.state == pb.JOB_STATE_CONDITIONING:
             await r.jobs.transition(live, pb.JOB_STATE_DENOISING)
-        stepped = await r.core.call(Step(live.job_id), Stepped)
+        answer = await r.core.call(Step((live.job_id,)), Stepped)
+        stepped = answer.requests[0]
+        assert isinstance(stepped, RequestStepped)
         self._tally.step_tokens.append(stepped.tokens)
         self._tally.plan_seconds += stepped.plan_seconds
-        self._tally.denoise_seconds += stepped.seconds - stepped.plan_seconds
+        self._tally.denoise_seconds += answer.seconds - stepped.plan_seconds
         tokenization = clip_pb2.Tokenization.Mode.Name(live.job.clip.tokenization.mode).lower()
-        r.metrics.step_seconds.labels(tokenization).observe(stepped.seconds)
+        r.metrics.step_seconds.labels(tokenization).observe(answer.seconds)
         r.metrics.engine_steps.labels(self._tally.engine).inc()
-        r.costs.observe("step", token_rows(live.job.clip, stepped.tokens), stepped.seconds)
+        r.costs.observe("step", token_rows(live.job.clip, stepped.tokens), answer.seconds)
         live.job.progress.step = stepped.step
         self._keep_ratio = stepped.keep_ratio
         self._report()

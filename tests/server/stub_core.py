@@ -16,6 +16,7 @@ from cinecat.engines.messages import (
     Ready,
     Release,
     Released,
+    RequestStepped,
     SlotMemory,
     Stepped,
     VariantFused,
@@ -37,7 +38,7 @@ INFO = ModelInfo(
     style_targets={},
 )
 ANSWERS = {
-    "steps": Stepped(1, 2, 0.5, 16),
+    "steps": Stepped(0.5, (RequestStepped("steps", 1, 2, 16),)),
     "refuses": Failure("request", "all steps are done"),
     "has no memory": Failure("memory", "out of memory"),
     "finds no slot": Failure("slots", "no style slot is free"),
@@ -62,9 +63,11 @@ def run(connection: Connection, config: CoreConfig) -> None:
             return
         if isinstance(call, Release):
             connection.send(Released())
-        elif call.job_id == "exits":
+            continue
+        (job_id,) = call.job_ids
+        if job_id == "exits":
             os._exit(3)
-        elif call.job_id == "hangs":
+        elif job_id == "hangs":
             signal.pause()
         else:
-            connection.send(ANSWERS[call.job_id])
+            connection.send(ANSWERS[job_id])

@@ -16,13 +16,14 @@ import structlog
 from prometheus_client import CollectorRegistry
 
 from cinecat.engines.errors import CoreDied, EngineError, EngineFault, ModelError, NoFreeSlot, OutOfMemory
-from cinecat.engines.messages import CoreConfig, Decoded, Release, Released, Step, Stepped
+from cinecat.engines.messages import CoreConfig, Decoded, Release, Released, RequestStepped, Step, Stepped
 from cinecat.server import core_process
 from cinecat.server.core_process import CoreProcess, FrameBuffer
 from cinecat.server.metrics import Metrics
 from tests.server import stub_core
 
 CONFIG = CoreConfig(model="stub", device="cpu", dtype="float32", threads=1, style_slots=1, max_rank=8, cache_bytes=0)
+STEPPED = Stepped(0.5, (RequestStepped("steps", 1, 2, 16),))
 
 
 @pytest.fixture
@@ -71,15 +72,15 @@ def test_calls_are_answered_and_failures_told_apart() -> None:
         core = new_core()
         assert await core.start() == stub_core.INFO
         try:
-            assert await core.call(Step("steps"), Stepped) == Stepped(1, 2, 0.5, 16)
+            assert await core.call(Step(("steps",)), Stepped) == STEPPED
             with pytest.raises(EngineError, match="all steps are done"):
-                await core.call(Step("refuses"), Stepped)
+                await core.call(Step(("refuses",)), Stepped)
             with pytest.raises(OutOfMemory, match="out of memory"):
-                await core.call(Step("has no memory"), Stepped)
+                await core.call(Step(("has no memory",)), Stepped)
             with pytest.raises(NoFreeSlot, match="no style slot is free"):
-                await core.call(Step("finds no slot"), Stepped)
+                await core.call(Step(("finds no slot",)), Stepped)
             with pytest.raises(EngineFault, match="RuntimeError: no"):
-                await core.call(Step("breaks"), Stepped)
+                await core.call(Step(("breaks",)), Stepped)
             assert await core.call(Release("any"), Released) == Released()
             assert not core.died.is_set()
         finally:
@@ -95,10 +96,10 @@ def test_a_core_that_is_out_of_step_with_its_calls_is_not_asked_again() -> None:
         await core.start()
         try:
             with pytest.raises(EngineFault, match="answered Released where Stepped was due"):
-                await core.call(Step("answers wrongly"), Stepped)
+                await core.call(Step(("answers wrongly",)), Stepped)
             assert core.died.is_set()
             with pytest.raises(CoreDied):
-                await core.call(Step("steps"), Stepped)
+                await core.call(Step(("steps",)), Stepped)
         finally:
             await core.stop()
 
@@ -120,7 +121,7 @@ def test_calls_that_come_during_a_restart_take_no_answer_of_the_start() -> None:
             outcomes = await asyncio.gather(*calls, return_exceptions=True)
             assert {type(outcome) for outcome in outcomes} <= {CoreDied, Released}
             assert Released() in outcomes
-            assert await core.call(Step("steps"), Stepped) == Stepped(1, 2, 0.5, 16)
+            assert await core.call(Step(("steps",)), Stepped) == STEPPED
         finally:
             await core.stop()
 
@@ -171,18 +172,18 @@ def test_a_core_that_is_killed_within_a_call_is_told_with_its_exit_code_and_can_
         try:
             first, died = core.pid, core.died
             assert first is not None
-            calling = asyncio.create_task(core.call(Step("hangs"), Stepped))
+            calling = asyncio.create_task(core.call(Step(("hangs",)), Stepped))
             await asyncio.sleep(0.01)
             os.kill(first, signal.SIGKILL)
             with pytest.raises(CoreDied, match=rf"\(pid {first}\) died with exit code -9"):
                 await calling
             await asyncio.wait_for(died.wait(), 30)
             with pytest.raises(CoreDied):
-                await core.call(Step("steps"), Stepped)
+                await core.call(Step(("steps",)), Stepped)
             await core.restart()
             assert core.pid != first
             assert not core.died.is_set()
-            assert await core.call(Step("steps"), Stepped)
+            assert await core.call(Step(("steps",)), Stepped)
         finally:
             await core.stop()
 
@@ -196,7 +197,7 @@ def test_a_core_that_leaves_by_itself_is_noticed_without_a_call() -> None:
         await core.start()
         try:
             with pytest.raises(CoreDied, match="exit code 3"):
-                await core.call(Step("exits"), Stepped)
+                await core.call(Step(("exits",)), Stepped)
             await asyncio.wait_for(core.died.wait(), 30)
         finally:
             await core.stop()
@@ -225,7 +226,7 @@ def test_stopping_leaves_no_process_behind(monkeypatch: pytest.MonkeyPatch, busy
         await core.start()
         pid = core.pid
         assert pid is not None
-        calls = [asyncio.create_task(core.call(Step("hangs"), Stepped)) for _ in range(busy)]
+        calls = [asyncio.create_task(core.call(Step(("hangs",)), Stepped)) for _ in range(busy)]
         await asyncio.sleep(0.01)
         await core.stop()
         assert gone(pid)

@@ -26,21 +26,28 @@ class GenerateRequest(_message.Message):
 
     CLIP_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    PREVIEWS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Idempotency key, at most 64 characters. A second request with the same key and clip joins the first one's job;
     with the same key and another clip it answers ALREADY_EXISTS.
     """
+    priority: _job_pb2.Priority.ValueType
     @_builtins.property
     def clip(self) -> _clip_pb2.ClipSpec: ...
+    @_builtins.property
+    def previews(self) -> _job_pb2.Previews: ...
     def __init__(
         self,
         *,
         clip: _clip_pb2.ClipSpec | None = ...,
         request_id: _builtins.str = ...,
+        priority: _job_pb2.Priority.ValueType = ...,
+        previews: _job_pb2.Previews | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["clip", b"clip"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["clip", b"clip", "previews", b"previews"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["clip", b"clip", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["clip", b"clip", "previews", b"previews", "priority", b"priority", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -52,19 +59,26 @@ class SubmitRequest(_message.Message):
 
     CLIP_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    PREVIEWS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """As in GenerateRequest."""
+    priority: _job_pb2.Priority.ValueType
     @_builtins.property
     def clip(self) -> _clip_pb2.ClipSpec: ...
+    @_builtins.property
+    def previews(self) -> _job_pb2.Previews: ...
     def __init__(
         self,
         *,
         clip: _clip_pb2.ClipSpec | None = ...,
         request_id: _builtins.str = ...,
+        priority: _job_pb2.Priority.ValueType = ...,
+        previews: _job_pb2.Previews | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["clip", b"clip"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["clip", b"clip", "previews", b"previews"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["clip", b"clip", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["clip", b"clip", "previews", b"previews", "priority", b"priority", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

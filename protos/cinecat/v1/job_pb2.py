@@ -27,29 +27,37 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x63inecat/v1/job.proto\x12\ncinecat.v1\x1a\x15\x63inecat/v1/clip.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"l\n\x0bStageTiming\x12 \n\x05stage\x18\x01 \x01(\x0e\x32\x11.cinecat.v1.Stage\x12+\n\x08\x64uration\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0e\n\x06\x63\x61\x63hed\x18\x03 \x01(\x08\"\xb3\x01\n\x0bJobProgress\x12\x0c\n\x04step\x18\x01 \x01(\x05\x12\x13\n\x0btotal_steps\x18\x02 \x01(\x05\x12\x16\n\x0e\x66rames_decoded\x18\x03 \x01(\x05\x12\x14\n\x0ctotal_frames\x18\x04 \x01(\x05\x12\x16\n\x0equeue_position\x18\x05 \x01(\x05\x12&\n\x03\x65ta\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x13\n\x0bwait_reason\x18\x07 \x01(\t\"{\n\x08\x41rtifact\x12\x0c\n\x04name\x18\x01 \x01(\t\x12*\n\x06\x66ormat\x18\x02 \x01(\x0e\x32\x1a.cinecat.v1.ArtifactFormat\x12\x11\n\tmime_type\x18\x03 \x01(\t\x12\x12\n\nsize_bytes\x18\x04 \x01(\x03\x12\x0e\n\x06sha256\x18\x05 \x01(\t\"\xc5\x01\n\nClipResult\x12\'\n\tartifacts\x18\x01 \x03(\x0b\x32\x14.cinecat.v1.Artifact\x12(\n\x07timings\x18\x02 \x03(\x0b\x32\x17.cinecat.v1.StageTiming\x12\x13\n\x0btokens_used\x18\x03 \x01(\x05\x12\x16\n\x0etokens_uniform\x18\x04 \x01(\x05\x12\x0e\n\x06\x65ngine\x18\x05 \x01(\t\x12\x13\n\x0bstep_tokens\x18\x06 \x03(\x05\x12\x12\n\nkeep_ratio\x18\x07 \x01(\x01\")\n\x08JobError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\"\x9a\x03\n\x03Job\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12#\n\x05state\x18\x02 \x01(\x0e\x32\x14.cinecat.v1.JobState\x12\"\n\x04\x63lip\x18\x03 \x01(\x0b\x32\x14.cinecat.v1.ClipSpec\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x10\n\x08\x64\x65tached\x18\x05 \x01(\x08\x12)\n\x08progress\x18\x06 \x01(\x0b\x32\x17.cinecat.v1.JobProgress\x12&\n\x06result\x18\x07 \x01(\x0b\x32\x16.cinecat.v1.ClipResult\x12#\n\x05\x65rror\x18\x08 \x01(\x0b\x32\x14.cinecat.v1.JobError\x12/\n\x0b\x63reate_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nstart_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05notes\x18\x0c \x03(\t\"d\n\x08JobEvent\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1c\n\x03job\x18\x03 \x01(\x0b\x32\x0f.cinecat.v1.Job*\xe8\x01\n\x08JobState\x12\x19\n\x15JOB_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10JOB_STATE_QUEUED\x10\x01\x12\x1a\n\x16JOB_STATE_CONDITIONING\x10\x02\x12\x17\n\x13JOB_STATE_DENOISING\x10\x03\x12\x16\n\x12JOB_STATE_DECODING\x10\x04\x12\x16\n\x12JOB_STATE_ENCODING\x10\x05\x12\x17\n\x13JOB_STATE_SUCCEEDED\x10\x06\x12\x14\n\x10JOB_STATE_FAILED\x10\x07\x12\x17\n\x13JOB_STATE_CANCELLED\x10\x08*\xbc\x01\n\x05Stage\x12\x15\n\x11STAGE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bSTAGE_QUEUE\x10\x01\x12\x15\n\x11STAGE_TEXT_ENCODE\x10\x02\x12\x16\n\x12STAGE_IMAGE_ENCODE\x10\x03\x12\x14\n\x10STAGE_VAE_ENCODE\x10\x04\x12\x0e\n\nSTAGE_PLAN\x10\x05\x12\x11\n\rSTAGE_DENOISE\x10\x06\x12\x14\n\x10STAGE_VAE_DECODE\x10\x07\x12\r\n\tSTAGE_MUX\x10\x08\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x63inecat/v1/job.proto\x12\ncinecat.v1\x1a\x15\x63inecat/v1/clip.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"/\n\x08Previews\x12\x13\n\x0b\x65very_steps\x18\x01 \x01(\x05\x12\x0e\n\x06\x66rames\x18\x02 \x01(\x08\"l\n\x0bStageTiming\x12 \n\x05stage\x18\x01 \x01(\x0e\x32\x11.cinecat.v1.Stage\x12+\n\x08\x64uration\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0e\n\x06\x63\x61\x63hed\x18\x03 \x01(\x08\"\xb3\x01\n\x0bJobProgress\x12\x0c\n\x04step\x18\x01 \x01(\x05\x12\x13\n\x0btotal_steps\x18\x02 \x01(\x05\x12\x16\n\x0e\x66rames_decoded\x18\x03 \x01(\x05\x12\x14\n\x0ctotal_frames\x18\x04 \x01(\x05\x12\x16\n\x0equeue_position\x18\x05 \x01(\x05\x12&\n\x03\x65ta\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x13\n\x0bwait_reason\x18\x07 \x01(\t\"{\n\x08\x41rtifact\x12\x0c\n\x04name\x18\x01 \x01(\t\x12*\n\x06\x66ormat\x18\x02 \x01(\x0e\x32\x1a.cinecat.v1.ArtifactFormat\x12\x11\n\tmime_type\x18\x03 \x01(\t\x12\x12\n\nsize_bytes\x18\x04 \x01(\x03\x12\x0e\n\x06sha256\x18\x05 \x01(\t\"\xc5\x01\n\nClipResult\x12\'\n\tartifacts\x18\x01 \x03(\x0b\x32\x14.cinecat.v1.Artifact\x12(\n\x07timings\x18\x02 \x03(\x0b\x32\x17.cinecat.v1.StageTiming\x12\x13\n\x0btokens_used\x18\x03 \x01(\x05\x12\x16\n\x0etokens_uniform\x18\x04 \x01(\x05\x12\x0e\n\x06\x65ngine\x18\x05 \x01(\t\x12\x13\n\x0bstep_tokens\x18\x06 \x03(\x05\x12\x12\n\nkeep_ratio\x18\x07 \x01(\x01\")\n\x08JobError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\"\xea\x03\n\x03Job\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12#\n\x05state\x18\x02 \x01(\x0e\x32\x14.cinecat.v1.JobState\x12\"\n\x04\x63lip\x18\x03 \x01(\x0b\x32\x14.cinecat.v1.ClipSpec\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x10\n\x08\x64\x65tached\x18\x05 \x01(\x08\x12)\n\x08progress\x18\x06 \x01(\x0b\x32\x17.cinecat.v1.JobProgress\x12&\n\x06result\x18\x07 \x01(\x0b\x32\x16.cinecat.v1.ClipResult\x12#\n\x05\x65rror\x18\x08 \x01(\x0b\x32\x14.cinecat.v1.JobError\x12/\n\x0b\x63reate_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nstart_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05notes\x18\x0c \x03(\t\x12&\n\x08priority\x18\r \x01(\x0e\x32\x14.cinecat.v1.Priority\x12&\n\x08previews\x18\x0e \x01(\x0b\x32\x14.cinecat.v1.Previews\"A\n\x07Preview\x12\x0c\n\x04step\x18\x01 \x01(\x05\x12(\n\x06\x66rames\x18\x02 \x03(\x0b\x32\x18.cinecat.v1.PreviewFrame\"+\n\x0cPreviewFrame\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x0c\n\x04webp\x18\x02 \x01(\x0c\"\x8a\x01\n\x08JobEvent\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1c\n\x03job\x18\x03 \x01(\x0b\x32\x0f.cinecat.v1.Job\x12$\n\x07preview\x18\x04 \x01(\x0b\x32\x13.cinecat.v1.Preview*\xe8\x01\n\x08JobState\x12\x19\n\x15JOB_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10JOB_STATE_QUEUED\x10\x01\x12\x1a\n\x16JOB_STATE_CONDITIONING\x10\x02\x12\x17\n\x13JOB_STATE_DENOISING\x10\x03\x12\x16\n\x12JOB_STATE_DECODING\x10\x04\x12\x16\n\x12JOB_STATE_ENCODING\x10\x05\x12\x17\n\x13JOB_STATE_SUCCEEDED\x10\x06\x12\x14\n\x10JOB_STATE_FAILED\x10\x07\x12\x17\n\x13JOB_STATE_CANCELLED\x10\x08*\xbc\x01\n\x05Stage\x12\x15\n\x11STAGE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bSTAGE_QUEUE\x10\x01\x12\x15\n\x11STAGE_TEXT_ENCODE\x10\x02\x12\x16\n\x12STAGE_IMAGE_ENCODE\x10\x03\x12\x14\n\x10STAGE_VAE_ENCODE\x10\x04\x12\x0e\n\nSTAGE_PLAN\x10\x05\x12\x11\n\rSTAGE_DENOISE\x10\x06\x12\x14\n\x10STAGE_VAE_DECODE\x10\x07\x12\r\n\tSTAGE_MUX\x10\x08*R\n\x08Priority\x12\x18\n\x14PRIORITY_UNSPECIFIED\x10\x00\x12\x18\n\x14PRIORITY_INTERACTIVE\x10\x01\x12\x12\n\x0ePRIORITY_BATCH\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'cinecat.v1.job_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_JOBSTATE']._serialized_start=1300
-  _globals['_JOBSTATE']._serialized_end=1532
-  _globals['_STAGE']._serialized_start=1535
-  _globals['_STAGE']._serialized_end=1723
-  _globals['_STAGETIMING']._serialized_start=124
-  _globals['_STAGETIMING']._serialized_end=232
-  _globals['_JOBPROGRESS']._serialized_start=235
-  _globals['_JOBPROGRESS']._serialized_end=414
-  _globals['_ARTIFACT']._serialized_start=416
-  _globals['_ARTIFACT']._serialized_end=539
-  _globals['_CLIPRESULT']._serialized_start=542
-  _globals['_CLIPRESULT']._serialized_end=739
-  _globals['_JOBERROR']._serialized_start=741
-  _globals['_JOBERROR']._serialized_end=782
-  _globals['_JOB']._serialized_start=785
-  _globals['_JOB']._serialized_end=1195
-  _globals['_JOBEVENT']._serialized_start=1197
-  _globals['_JOBEVENT']._serialized_end=1297
+  _globals['_JOBSTATE']._serialized_start=1580
+  _globals['_JOBSTATE']._serialized_end=1812
+  _globals['_STAGE']._serialized_start=1815
+  _globals['_STAGE']._serialized_end=2003
+  _globals['_PRIORITY']._serialized_start=2005
+  _globals['_PRIORITY']._serialized_end=2087
+  _globals['_PREVIEWS']._serialized_start=124
+  _globals['_PREVIEWS']._serialized_end=171
+  _globals['_STAGETIMING']._serialized_start=173
+  _globals['_STAGETIMING']._serialized_end=281
+  _globals['_JOBPROGRESS']._serialized_start=284
+  _globals['_JOBPROGRESS']._serialized_end=463
+  _globals['_ARTIFACT']._serialized_start=465
+  _globals['_ARTIFACT']._serialized_end=588
+  _globals['_CLIPRESULT']._serialized_start=591
+  _globals['_CLIPRESULT']._serialized_end=788
+  _globals['_JOBERROR']._serialized_start=790
+  _globals['_JOBERROR']._serialized_end=831
+  _globals['_JOB']._serialized_start=834
+  _globals['_JOB']._serialized_end=1324
+  _globals['_PREVIEW']._serialized_start=1326
+  _globals['_PREVIEW']._serialized_end=1391
+  _globals['_PREVIEWFRAME']._serialized_start=1393
+  _globals['_PREVIEWFRAME']._serialized_end=1436
+  _globals['_JOBEVENT']._serialized_start=1439
+  _globals['_JOBEVENT']._serialized_end=1577
 # @@protoc_insertion_point(module_scope)

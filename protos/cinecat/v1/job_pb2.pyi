@@ -93,6 +93,57 @@ STAGE_VAE_DECODE: Stage.ValueType  # 7
 STAGE_MUX: Stage.ValueType  # 8
 Global___Stage: _TypeAlias = Stage  # noqa: Y015
 
+class _Priority:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PriorityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Priority.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PRIORITY_UNSPECIFIED: _Priority.ValueType  # 0
+    """Interactive for Generate, batch for Submit."""
+    PRIORITY_INTERACTIVE: _Priority.ValueType  # 1
+    """Somebody is waiting in front of it. Takes over from batch jobs between two of their steps."""
+    PRIORITY_BATCH: _Priority.ValueType  # 2
+
+class Priority(_Priority, metaclass=_PriorityEnumTypeWrapper):
+    """What a job waits behind. Within a priority, the job whose deadline comes first is worked on, and a deadline is the
+    nearer the less work the job is; tenants get equal shares. A batch job that has waited long for its size is treated
+    as an interactive one, so that none waits for ever.
+    """
+
+PRIORITY_UNSPECIFIED: Priority.ValueType  # 0
+"""Interactive for Generate, batch for Submit."""
+PRIORITY_INTERACTIVE: Priority.ValueType  # 1
+"""Somebody is waiting in front of it. Takes over from batch jobs between two of their steps."""
+PRIORITY_BATCH: Priority.ValueType  # 2
+Global___Priority: _TypeAlias = Priority  # noqa: Y015
+
+@_typing.final
+class Previews(_message.Message):
+    """Which pictures a job's events carry while it is made."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVERY_STEPS_FIELD_NUMBER: _builtins.int
+    FRAMES_FIELD_NUMBER: _builtins.int
+    every_steps: _builtins.int
+    """After every so many denoising steps, the clip as it is expected to become; 0 is never."""
+    frames: _builtins.bool
+    """Every frame as soon as it is decoded."""
+    def __init__(
+        self,
+        *,
+        every_steps: _builtins.int = ...,
+        frames: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["every_steps", b"every_steps", "frames", b"frames"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Previews: _TypeAlias = Previews  # noqa: Y015
+
 @_typing.final
 class StageTiming(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
@@ -288,6 +339,8 @@ class Job(_message.Message):
     START_TIME_FIELD_NUMBER: _builtins.int
     END_TIME_FIELD_NUMBER: _builtins.int
     NOTES_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    PREVIEWS_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     state: Global___JobState.ValueType
     request_id: _builtins.str
@@ -296,6 +349,7 @@ class Job(_message.Message):
     """Runs to its end whether anyone watches or not (Submit), or is cancelled some time after its last watcher has gone
     (Generate).
     """
+    priority: Global___Priority.ValueType
     @_builtins.property
     def clip(self) -> _clip_pb2.ClipSpec:
         """The request with every default filled in and without the image's bytes."""
@@ -320,6 +374,8 @@ class Job(_message.Message):
     def notes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """What was done to the input that the caller may want to know, e.g. "image: cropped from 451x300 to 300x300"."""
 
+    @_builtins.property
+    def previews(self) -> Global___Previews: ...
     def __init__(
         self,
         *,
@@ -335,14 +391,66 @@ class Job(_message.Message):
         start_time: _timestamp_pb2.Timestamp | None = ...,
         end_time: _timestamp_pb2.Timestamp | None = ...,
         notes: _abc.Iterable[_builtins.str] | None = ...,
+        priority: Global___Priority.ValueType = ...,
+        previews: Global___Previews | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["clip", b"clip", "create_time", b"create_time", "end_time", b"end_time", "error", b"error", "progress", b"progress", "result", b"result", "start_time", b"start_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["clip", b"clip", "create_time", b"create_time", "end_time", b"end_time", "error", b"error", "previews", b"previews", "progress", b"progress", "result", b"result", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["clip", b"clip", "create_time", b"create_time", "detached", b"detached", "end_time", b"end_time", "error", b"error", "job_id", b"job_id", "notes", b"notes", "progress", b"progress", "request_id", b"request_id", "result", b"result", "start_time", b"start_time", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["clip", b"clip", "create_time", b"create_time", "detached", b"detached", "end_time", b"end_time", "error", b"error", "job_id", b"job_id", "notes", b"notes", "previews", b"previews", "priority", b"priority", "progress", b"progress", "request_id", b"request_id", "result", b"result", "start_time", b"start_time", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Job: _TypeAlias = Job  # noqa: Y015
+
+@_typing.final
+class Preview(_message.Message):
+    """Small pictures of a clip in the making."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEP_FIELD_NUMBER: _builtins.int
+    FRAMES_FIELD_NUMBER: _builtins.int
+    step: _builtins.int
+    """The denoising step after which they were made, from its estimate of the clip; 0 where they are decoded frames."""
+    @_builtins.property
+    def frames(self) -> _containers.RepeatedCompositeFieldContainer[Global___PreviewFrame]: ...
+    def __init__(
+        self,
+        *,
+        step: _builtins.int = ...,
+        frames: _abc.Iterable[Global___PreviewFrame] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["frames", b"frames", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Preview: _TypeAlias = Preview  # noqa: Y015
+
+@_typing.final
+class PreviewFrame(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: _builtins.int
+    WEBP_FIELD_NUMBER: _builtins.int
+    index: _builtins.int
+    """Of the clip's frames, counted from 0."""
+    webp: _builtins.bytes
+    """A WebP file. Smaller than the clip: an estimate has a pixel for each 8x8 of the clip's, and at most 512 a side."""
+    def __init__(
+        self,
+        *,
+        index: _builtins.int = ...,
+        webp: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["index", b"index", "webp", b"webp"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PreviewFrame: _TypeAlias = PreviewFrame  # noqa: Y015
 
 @_typing.final
 class JobEvent(_message.Message):
@@ -353,6 +461,7 @@ class JobEvent(_message.Message):
     SEQUENCE_FIELD_NUMBER: _builtins.int
     TIME_FIELD_NUMBER: _builtins.int
     JOB_FIELD_NUMBER: _builtins.int
+    PREVIEW_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """Grows from event to event of one job, across restarts of the server too. Numbers may be skipped: progress that
     a later event supersedes can be left out.
@@ -361,16 +470,23 @@ class JobEvent(_message.Message):
     def time(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
     def job(self) -> Global___Job: ...
+    @_builtins.property
+    def preview(self) -> Global___Preview:
+        """Unset where there is nothing new to see. A picture of an estimate may be skipped like any progress; decoded frames
+        are not, as long as the job runs. After a restart of the server frames may come again.
+        """
+
     def __init__(
         self,
         *,
         sequence: _builtins.int = ...,
         time: _timestamp_pb2.Timestamp | None = ...,
         job: Global___Job | None = ...,
+        preview: Global___Preview | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["job", b"job", "time", b"time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["job", b"job", "preview", b"preview", "time", b"time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job", "sequence", b"sequence", "time", b"time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job", "preview", b"preview", "sequence", b"sequence", "time", b"time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
