@@ -181,7 +181,7 @@ class StepShape:
     engine: str
     tokens: int
     merged: bool = False
-    most_rows: int = 0
+    most_rows: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)

@@ -25,13 +25,16 @@ from cinecat.plugins.installed import InstalledStyles
 from cinecat.plugins.registry import BUNDLED, StyleRegistry
 from cinecat.plugins.sources import FolderSource, Origin, PackageSource
 from cinecat.server.artifacts import ArtifactError, ArtifactStore
+from cinecat.server.backlog import Backlog, Limits
+from cinecat.server.checkpoints import Checkpoints
 from cinecat.server.core_process import CoreProcess
 from cinecat.server.costs import Costs
 from cinecat.server.inputs import JobInputs
 from cinecat.server.jobs import Jobs
 from cinecat.server.metrics import Metrics
 from cinecat.server.models import describe_model
-from cinecat.server.render import Renderer
+from cinecat.server.policy import POLICIES
+from cinecat.server.render import CheckpointRule, Renderer
 from cinecat.server.scheduler import Scheduler
 from cinecat.server.services.errors import ErrorInterceptor
 from cinecat.server.services.generation import GenerationService
@@ -121,7 +124,8 @@ async def running(settings: Settings, hurry: asyncio.Event) -> AsyncIterator[Run
         store = await asyncio.to_thread(_open_store, folder)
         inputs = JobInputs(folder / "inputs")
         installed = await asyncio.to_thread(_open_installed, folder / "styles")
-        jobs = Jobs(store, inputs, settings.grace_seconds, metrics)
+        checkpoints = await asyncio.to_thread(_open_checkpoints, folder / "checkpoints")
+        jobs = Jobs(store, inputs, checkpoints, settings.grace_seconds, metrics)
         stack.push_async_callback(jobs.close)
         artifacts = await asyncio.to_thread(_open_artifacts, settings.artifact_url or str(folder / "artifacts"))
         stack.callback(artifacts.close)
@@ -143,8 +147,12 @@ async def running(settings: Settings, hurry: asyncio.Event) -> AsyncIterator[Run
             await _set_health(health_servicer, alive)
             metrics.ready.set(alive)
 
-        renderer = Renderer(core, model, jobs, catalogue, inputs, artifacts, metrics, costs)
-        scheduler = Scheduler(jobs, renderer, core, model, settings.max_queue, metrics, costs, on_core_state)
+        rule = CheckpointRule(settings.checkpoint_steps, settings.checkpoint_seconds)
+        renderer = Renderer(core, model, jobs, catalogue, inputs, artifacts, checkpoints, rule, metrics, costs)
+        limits = Limits(settings.max_queue, settings.max_batch, info.state_bytes)
+        backlog = Backlog(jobs, costs, limits, metrics)
+        policy = POLICIES[settings.scheduling]
+        scheduler = Scheduler(jobs, renderer, core, backlog, policy, metrics, on_core_state)
         for live in await jobs.restore():
             scheduler.enqueue(live)
         generation = GenerationService(jobs, scheduler, model, catalogue, artifacts)
@@ -219,6 +227,13 @@ def _open_artifacts(url: str) -> ArtifactStore:
     except (ArtifactError, OSError) as error:
         raise SettingsError(f"artifact_url: {error}") from error
     return artifacts
+
+
+def _open_checkpoints(folder: Path) -> Checkpoints:
+    try:
+        return Checkpoints(folder)
+    except OSError as error:
+        raise SettingsError(f"data_dir: {folder} cannot hold checkpoints: {error}") from error
 
 
 def _open_installed(folder: Path) -> InstalledStyles:

@@ -28,6 +28,7 @@ from cinecat.engines.messages import (
     ModelInfo,
     Notice,
     Ready,
+    RequestStepped,
     SlotMemory,
     VariantFused,
 )
@@ -233,9 +234,20 @@ def tell(notice: Notice, metrics: Metrics) -> None:
             log.info("model variant", file=notice.name, parameters=notice.parameters, ignored_tensors=notice.ignored)
 
 
+def succeeded(done: RequestStepped | Failure) -> RequestStepped:
+    """One request's part of a step. Raises EngineError where that failed."""
+    if isinstance(done, Failure):
+        raise _error(done)
+    return done
+
+
+def _error(failure: Failure) -> EngineError:
+    return _FAILURES[failure.kind](failure.message)
+
+
 def _expect(answer: Answer | Notice, kind: type[A]) -> A:
     if isinstance(answer, Failure):
-        raise _FAILURES[answer.kind](answer.message)
+        raise _error(answer)
     if not isinstance(answer, kind):
         raise EngineFault(f"the engine core answered {type(answer).__name__} where {kind.__name__} was due")
     return answer

@@ -1,7 +1,8 @@
 """Jobs from acceptance to their end: the only code that changes a job's state.
 
-Transitions are written to the store before anyone sees them. Steps and frames in between live in memory; only the
-latest of them is kept, so a slow watcher skips progress but never a transition.
+Transitions are written to the store before anyone sees them. Steps and previews in between live in memory: of progress
+and of estimates the latest is kept, of decoded frames all until the job ends. All watchers read the same events, at
+their own pace; so a slow one skips progress but never a transition or a frame, and costs no memory.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import structlog
 from numpy.typing import NDArray
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
+from cinecat.server.checkpoints import Checkpoints
 from cinecat.server.errors import RequestError, ShuttingDown, unknown_job
 from cinecat.server.inputs import NO_WEIGHTS, JobInputs
 from cinecat.server.lifecycle import FINAL_STATES, check_transition, state_name
@@ -50,16 +52,25 @@ class LiveJob:
 
     Attributes:
         job: as of the last event; changed only through `Jobs`.
-        attempts: how often the engine core has started on it.
+        tenant: whose it is.
+        attempts: how often the engine core has started on it since it last got on.
+        frames: events that show decoded frames; they are kept as long as the job runs.
+        shown: the latest event that shows an estimate.
+        latest: the latest event that tells of progress alone.
+        frames_shown: how many decoded frames watchers were sent.
         stop_requested: somebody cancelled it, and it has not stopped yet.
     """
 
     job: pb.Job
     request_hash: str
+    tenant: str = ""
     attempts: int = 0
     sequence: int = 0
     transitions: list[pb.JobEvent] = field(default_factory=list)
+    frames: list[pb.JobEvent] = field(default_factory=list)
+    shown: pb.JobEvent | None = None
     latest: pb.JobEvent | None = None
+    frames_shown: int = 0
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     watchers: int = 0
     grace: asyncio.TimerHandle | None = None
@@ -81,12 +92,14 @@ class LiveJob:
         return self.latest.job if newer and self.latest is not None else last.job
 
     def events_after(self, sequence: int) -> list[pb.JobEvent]:
-        """Transitions past `sequence`, then the latest progress if it is newer than all of them."""
-        events = [event for event in self.transitions if event.sequence > sequence]
+        """Everything past `sequence` in order, with the latest progress where it is newer than all transitions."""
         last = self.transitions[-1].sequence if self.transitions else 0
+        events = [event for event in (*self.transitions, *self.frames) if event.sequence > sequence]
+        if self.shown is not None and self.shown.sequence > sequence:
+            events.append(self.shown)
         if self.latest is not None and self.latest.sequence > max(sequence, last):
             events.append(self.latest)
-        return events
+        return sorted(events, key=lambda event: event.sequence)
 
 
 class Jobs:
@@ -96,9 +109,12 @@ class Jobs:
         on_dequeued: called when a job has left the queue, in whatever way.
     """
 
-    def __init__(self, store: JobStore, inputs: JobInputs, grace_seconds: float, metrics: Metrics) -> None:
+    def __init__(
+        self, store: JobStore, inputs: JobInputs, checkpoints: Checkpoints, grace_seconds: float, metrics: Metrics
+    ) -> None:
         self._store = store
         self._inputs = inputs
+        self._checkpoints = checkpoints
         self._grace_seconds = grace_seconds
         self._metrics = metrics
         self._live: dict[str, LiveJob] = {}
@@ -114,9 +130,10 @@ class Jobs:
         unfinished = await self._in_store(self._store.unfinished)
         worn = {stored.job.job_id: [ref.fingerprint for ref in stored.job.clip.styles] for stored in unfinished}
         await self._in_store(partial(self._inputs.keep_only, worn))
+        await self._in_store(partial(self._checkpoints.keep_only, worn.keys()))
         for stored in unfinished:
             transitions = await self._in_store(partial(self._store.events, stored.job.job_id))
-            live = LiveJob(stored.job, stored.request_hash, stored.attempts, transitions=transitions)
+            live = LiveJob(stored.job, stored.request_hash, stored.tenant, stored.attempts, transitions=transitions)
             live.sequence = transitions[-1].sequence + _SEQUENCE_GAP
             self._live[live.job_id] = live
             self._metrics.job_entered(live.job.state)
@@ -126,7 +143,12 @@ class Jobs:
         return restored
 
     async def accept(
-        self, job: pb.Job, frame: NDArray[np.uint8], request_hash: str, weights: Mapping[str, Path] = NO_WEIGHTS
+        self,
+        job: pb.Job,
+        frame: NDArray[np.uint8],
+        request_hash: str,
+        weights: Mapping[str, Path] = NO_WEIGHTS,
+        tenant: str = "",
     ) -> tuple[LiveJob | None, StoredJob | None]:
         """Persists a new job and what it is made from; also when its caller is cancelled meanwhile.
 
@@ -135,18 +157,18 @@ class Jobs:
             weights: LoRA files of its styles, by fingerprint.
 
         Returns:
-            The live job, or the stored one that already has its request id.
+            The live job, or the tenant's stored one that already has its request id.
         """
-        return await self._to_the_end(self._accept(job, frame, request_hash, weights))
+        return await self._to_the_end(self._accept(job, frame, request_hash, weights, tenant))
 
     async def _accept(
-        self, job: pb.Job, frame: NDArray[np.uint8], request_hash: str, weights: Mapping[str, Path]
+        self, job: pb.Job, frame: NDArray[np.uint8], request_hash: str, weights: Mapping[str, Path], tenant: str
     ) -> tuple[LiveJob | None, StoredJob | None]:
-        live = LiveJob(job, request_hash)
+        live = LiveJob(job, request_hash, tenant)
         job.create_time.GetCurrentTime()
         job.state = pb.JOB_STATE_QUEUED
         first = self._event(live)
-        existing = await self._persist(StoredJob(job, request_hash, 0), first, frame, weights)
+        existing = await self._persist(StoredJob(job, request_hash, 0, tenant=tenant), first, frame, weights)
         if existing is not None:
             return None, existing
         live.transitions.append(first)
@@ -168,8 +190,8 @@ class Jobs:
             raise unknown_job(job_id)
         return stored.job
 
-    async def by_request_id(self, request_id: str) -> StoredJob | None:
-        return await self._in_store(lambda: self._store.by_request_id(request_id))
+    async def by_request_id(self, tenant: str, request_id: str) -> StoredJob | None:
+        return await self._in_store(lambda: self._store.by_request_id(tenant, request_id))
 
     async def page(self, size: int, before: tuple[int, str] | None, states: Sequence[int]) -> list[pb.Job]:
         """Newest first, with the progress of those that run."""
@@ -191,7 +213,8 @@ class Jobs:
         job.CopyFrom(before)
         job.state = state
         if state == pb.JOB_STATE_CONDITIONING:
-            job.start_time.GetCurrentTime()
+            if not job.HasField("start_time"):
+                job.start_time.GetCurrentTime()
             job.progress.queue_position = 0
             job.progress.ClearField("wait_reason")
             live.attempts += 1
@@ -225,12 +248,11 @@ class Jobs:
             self.on_dequeued()
 
     async def requeue(self, live: LiveJob, wait_reason: str = "") -> None:
-        """Puts a running job back to where it began, and says what it waits for if not for the jobs ahead of it."""
+        """Puts a running job back into the queue, and says what it waits for if not for the jobs ahead of it."""
 
         def change(job: pb.Job) -> None:
-            job.progress.step = job.progress.frames_decoded = 0
+            job.progress.frames_decoded = 0
             job.progress.wait_reason = wait_reason
-            job.ClearField("start_time")
 
         await self.transition(live, pb.JOB_STATE_QUEUED, change)
 
@@ -240,9 +262,26 @@ class Jobs:
             live, pb.JOB_STATE_FAILED, lambda job: job.error.MergeFrom(pb.JobError(code=code, message=message))
         )
 
-    def progress(self, live: LiveJob) -> None:
-        """Tells watchers about progress that the caller has written into `live.job`."""
-        live.latest = self._event(live)
+    async def got_on(self, live: LiveJob) -> None:
+        """Stores that a job's work up to now will not be lost: what failed before counts no more."""
+        if live.attempts:
+            live.attempts = 0
+            await self._in_store(partial(self._store.set_attempts, live.job_id, 0))
+
+    def progress(self, live: LiveJob, preview: pb.Preview | None = None) -> None:
+        """Tells watchers about progress that the caller has written into `live.job`, and shows them a preview.
+
+        A preview of decoded frames, which have no step, is kept; all else may be superseded by what follows.
+        """
+        event = self._event(live)
+        if preview is None:
+            live.latest = event
+        else:
+            event.preview.CopyFrom(preview)
+            if preview.step:
+                live.shown = event
+            else:
+                live.frames.append(event)
         _wake(live)
 
     async def cancel(self, job_id: str) -> pb.Job:
@@ -366,6 +405,7 @@ class Jobs:
             # The transition is stored by now; the next start removes a frame that is left.
             with contextlib.suppress(OSError):
                 self._inputs.delete(event.job.job_id)
+            self._checkpoints.delete(event.job.job_id)
 
     async def _in_store(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._writer, work)

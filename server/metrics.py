@@ -52,6 +52,20 @@ class Metrics:
             "1 while the engine that the settings name is being built and torch stands in.",
             registry=registry,
         )
+        self.step_jobs = Histogram(
+            "cinecat_step_jobs", "Jobs that shared one step.", buckets=(1, 2, 3, 4, 6, 8, 16), registry=registry
+        )
+        self.preemptions = Counter(
+            "cinecat_preemptions",
+            "Jobs sent out of the engine core so that a more urgent one could come in.",
+            registry=registry,
+        )
+        self.resumes = Counter(
+            "cinecat_resumes", "Jobs that went on from a checkpoint instead of from the beginning.", registry=registry
+        )
+        self.checkpoint_seconds = Histogram(
+            "cinecat_checkpoint_seconds", "Writing one checkpoint.", buckets=_SECONDS, registry=registry
+        )
         self.queue_depth = Gauge("cinecat_queue_depth", "Jobs waiting for the engine core.", registry=registry)
         self.core_restarts = Counter("cinecat_core_restarts", "Engine cores started after one died.", registry=registry)
         self.requests_refused = Counter(

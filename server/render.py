@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from google.protobuf.json_format import MessageToDict
-from google.protobuf.message import Message
+import structlog
 from numpy.typing import NDArray
 
-from cinecat.engines.errors import EngineError
+from cinecat.engines.errors import CoreDied, EngineError
 from cinecat.engines.messages import (
     VAE_TEMPORAL_STRIDE,
     Cat,
@@ -23,28 +23,34 @@ from cinecat.engines.messages import (
     Release,
     Released,
     RequestStepped,
+    Save,
+    Saved,
     Shot,
     StageTime,
     Step,
     Stepped,
+    StepShape,
 )
 from cinecat.engines.tokens.budget import step_tokens
-from cinecat.server.artifacts import ArtifactError, ArtifactFormat, ArtifactInfo, ArtifactStore
+from cinecat.server import previews
+from cinecat.server.artifacts import ArtifactInfo, ArtifactStore
+from cinecat.server.checkpoints import Checkpoints
+from cinecat.server.clip_files import ClipFiles, frame_dtype
 from cinecat.server.core_process import CoreProcess, FrameBuffer, tell
-from cinecat.server.costs import Costs, pixel_frames, token_rows
+from cinecat.server.costs import Costs, pixel_frames, rows_of
 from cinecat.server.inputs import JobInputs
 from cinecat.server.jobs import Jobs, LiveJob
 from cinecat.server.metrics import Metrics
 from cinecat.server.models import token_grid
-from cinecat.server.mux import ClipShape, ClipWriter, clip_metadata, exact_rate, open_writer
+from cinecat.server.policy import Phase
 from cinecat.server.styles import StyleCatalogue
 from cinecat.v1 import clip_pb2, models_pb2
 from cinecat.v1 import job_pb2 as pb
 
-_FORMATS = {
-    clip_pb2.ARTIFACT_FORMAT_MP4_H264: ArtifactFormat.MP4_H264,
-    clip_pb2.ARTIFACT_FORMAT_FRAMES_F32: ArtifactFormat.FRAMES_F32,
-}
+# At the end of denoising a checkpoint is worth its time when more work than this would be lost.
+_WORTH_SAVING_S = 1.0
+
+log = structlog.get_logger(__name__)
 
 
 class Stopped(Exception):
@@ -59,10 +65,17 @@ class _Tally:
     plan_seconds: float = 0.0
     denoise_seconds: float = 0.0
     decode_seconds: float = 0.0
-    mux_seconds: float = 0.0
     step_tokens: list[int] = field(default_factory=list)
     engine: str = ""
     tokens_uniform: int = 0
+
+
+@dataclass(frozen=True)
+class CheckpointRule:
+    """When a running job is saved: after so many steps, or so many seconds of them, whichever is first."""
+
+    steps: int
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -75,94 +88,105 @@ class Renderer:
     catalogue: StyleCatalogue
     inputs: JobInputs
     artifacts: ArtifactStore
+    checkpoints: Checkpoints
+    rule: CheckpointRule
     metrics: Metrics
     costs: Costs
 
-    def begin(self, live: LiveJob) -> Rendering:
+    def take(self, live: LiveJob) -> Rendering:
+        """What takes a queued job through the core."""
         return Rendering(self, live)
+
+    async def step(self, renderings: Sequence[Rendering]) -> Stepped:
+        """One step of renderings whose coming steps have one shape; what it answers goes to `Rendering.stepped`.
+
+        Raises:
+            Stopped: the only job was cancelled.
+            EngineError, CoreDied: the forward failed, and no rendering has changed.
+        """
+        shape = renderings[0].next
+        assert shape is not None
+        for rendering in renderings:
+            await rendering.denoising()
+        wanted = frozenset(each.live.job_id for each in renderings if each.wants_preview)
+        stepped = await self.core.call(Step(tuple(each.live.job_id for each in renderings), wanted), Stepped)
+        self.costs.observe_step(shape, sum(each.rows for each in renderings), stepped.seconds)
+        self.metrics.step_seconds.labels("cat" if shape.merged else "uniform").observe(stepped.seconds)
+        self.metrics.engine_steps.labels(shape.engine).inc(len(renderings))
+        self.metrics.step_jobs.observe(len(renderings))
+        return stepped
 
 
 class Rendering:
     """One job on its way through the engine core, one call to the core at a time.
 
-    The scheduler calls `advance` until it says that all frames are decoded, then `leave_core` and `finish`; between
-    two calls it may do something else, or nothing ever again after `abandon`.
+    `begin`, then `Renderer.step` while there is a `next`, `decode` until `decoded`, `leave_core` and `finish`. Between
+    two of them the scheduler may do something else, or nothing ever again after `abandon`; after `suspend` it begins
+    anew from the checkpoint.
+
+    Attributes:
+        phase: how far it is.
+        next: shape of the coming step; None where all are done, or it is not in the core.
+        state_bytes: that it holds in the core; 0 until that was seen once.
+        alone: it shares no forward: one that it shared failed, or killed the core.
+        steps_in_core: since it came in.
     """
 
     def __init__(self, renderer: Renderer, live: LiveJob) -> None:
         self.live = live
+        self.phase = Phase.WAITING
+        self.next: StepShape | None = None
+        self.rows = rows_of(live.job.clip)
+        self.state_bytes = 0
+        self.alone = False
+        self.steps_in_core = 0
         self._renderer = renderer
         self._tally = _Tally()
-        self._keep_ratio = 1.0  # that the core holds the clip to
-        self._writers: list[ClipWriter] = []
+        self._keep_ratio = live.job.clip.tokenization.keep_ratio or 1.0  # that the core holds the clip to
+        self._saved_step = 0
+        self._unsaved_seconds = 0.0
+        self._files: ClipFiles | None = None
         self._buffer: FrameBuffer | None = None
-        self._writing: asyncio.Task[None] | None = None
+        self._working: asyncio.Task[None] | None = None
 
-    async def advance(self) -> bool:
-        """Does the next quantum: encodes the inputs, or one step, or decodes one chunk. True after the last chunk.
+    @property
+    def in_core(self) -> bool:
+        """Whether the core holds its state."""
+        return self.phase is not Phase.WAITING
+
+    @property
+    def engine(self) -> str:
+        """The backend of its steps; while it waits, of those that would begin now."""
+        return self._tally.engine if self.in_core else self._renderer.model.engine
+
+    @property
+    def decoded(self) -> bool:
+        """All frames are."""
+        return self.live.job.progress.frames_decoded == self.live.job.clip.frames
+
+    @property
+    def wants_preview(self) -> bool:
+        """Whether the coming step is one that the request wants to see."""
+        every, step = self.live.job.previews.every_steps, self.live.job.progress.step + 1
+        return bool(every) and (step % every == 0 or step == self.live.job.clip.steps)
+
+    def expected_tokens(self) -> tuple[int, ...]:
+        """Tokens of every step, as far as can be told now."""
+        clip = self.live.job.clip
+        return step_tokens(token_grid(self._renderer.model, clip), clip.steps, self._keep_ratio)
+
+    async def begin(self) -> None:
+        """Encodes the inputs, and takes up the checkpoint where there is one.
 
         Raises:
             Stopped: the job was cancelled.
-            RequestError, UnknownStyle, EngineError, CoreDied, ArtifactError: it failed.
+            RequestError, UnknownStyle, EngineError, CoreDied: it failed.
         """
-        job = self.live.job
         self._stop_if_asked()
-        if job.state == pb.JOB_STATE_QUEUED:
-            await self._condition()
-        elif job.progress.step < job.clip.steps:
-            await self._step()
-        else:
-            await self._decode()
-        return self.live.job.progress.frames_decoded == job.clip.frames
-
-    async def leave_core(self) -> None:
-        """Frees the core's state of this job; where the core is gone, so is the state."""
-        if self._buffer is not None:
-            self._buffer.close()
-            self._buffer = None
-        with contextlib.suppress(EngineError):
-            await self._renderer.core.call(Release(self.live.job_id), Released)
-
-    async def finish(self) -> None:
-        """Completes and publishes the files, and ends the job. Needs no core.
-
-        Raises:
-            Stopped: the job was cancelled.
-            ArtifactError: a file could not be written or published.
-        """
-        r, live, tally = self._renderer, self.live, self._tally
-        if self._writing is not None:
-            await self._writing
-        self._stop_if_asked()
-        await r.jobs.transition(live, pb.JOB_STATE_ENCODING)
-        started = time.perf_counter()
-        published = await asyncio.to_thread(self._publish)
-        tally.mux_seconds += time.perf_counter() - started
-        if live.job.clip.tokenization.mode == clip_pb2.Tokenization.CAT:
-            tally.timings.append(StageTime("plan", tally.plan_seconds))
-        tally.timings += [
-            StageTime("denoise", tally.denoise_seconds),
-            StageTime("vae_decode", tally.decode_seconds),
-            StageTime("mux", tally.mux_seconds),
-        ]
-        result = self._result(published)
-        await r.jobs.transition(live, pb.JOB_STATE_SUCCEEDED, lambda job: job.result.CopyFrom(result))
-        for timing in tally.timings:
-            r.metrics.stage(timing)
-
-    async def abandon(self) -> None:
-        """Gives up: leaves the core, and no file behind."""
-        await self.leave_core()
-        if self._writing is not None:
-            await asyncio.wait([self._writing])
-        await asyncio.to_thread(self._remove_files)
-
-    async def _condition(self) -> None:
         r, live, clip = self._renderer, self.live, self.live.job.clip
         if clip.model != r.model.name:
             raise EngineError(f"the job was accepted for the model {clip.model}, this server now has {r.model.name}")
-        waited = time.time() - live.job.create_time.ToMicroseconds() / 1e6 if live.attempts == 0 else 0.0
-        self._tally.timings.append(StageTime("queue", max(0.0, waited)))
+        waited = time.time() - live.job.create_time.ToMicroseconds() / 1e6
         await r.jobs.transition(live, pb.JOB_STATE_CONDITIONING)
         shot = Shot(
             job_id=live.job_id,
@@ -178,114 +202,207 @@ class Rendering:
             cat=_cat(clip.tokenization),
         )
         self._stop_if_asked()
-        conditioned = await r.core.call(Condition(shot), Conditioned)
+        conditioned = await r.core.call(Condition(shot, str(r.checkpoints.path(live.job_id))), Conditioned)
         r.catalogue.activity.resident = conditioned.resident
         for news in conditioned.news:
             tell(news, r.metrics)
         r.model.engine = conditioned.engine
-        self._tally.engine = conditioned.engine
-        if live.attempts == 1:
+        if not self._tally.timings:
+            self._tally.timings += [StageTime("queue", max(0.0, waited)), *conditioned.timings]
             for style in shot.styles:
                 r.catalogue.activity.used(style.fingerprint)
-        self._tally.timings += conditioned.timings
-        self._tally.tokens_uniform = conditioned.tokens_uniform
         live.job.notes.extend(note for note in conditioned.notes if note not in live.job.notes)
         if not any(timing.cached for timing in conditioned.timings):
             r.costs.observe("condition", pixel_frames(clip), sum(timing.seconds for timing in conditioned.timings))
+        self._take_in(conditioned)
 
-    async def _step(self) -> None:
-        r, live = self._renderer, self.live
-        if live.job.state == pb.JOB_STATE_CONDITIONING:
-            await r.jobs.transition(live, pb.JOB_STATE_DENOISING)
-        answer = await r.core.call(Step((live.job_id,)), Stepped)
-        stepped = answer.requests[0]
-        assert isinstance(stepped, RequestStepped)
-        self._tally.step_tokens.append(stepped.tokens)
-        self._tally.plan_seconds += stepped.plan_seconds
-        self._tally.denoise_seconds += answer.seconds - stepped.plan_seconds
-        tokenization = clip_pb2.Tokenization.Mode.Name(live.job.clip.tokenization.mode).lower()
-        r.metrics.step_seconds.labels(tokenization).observe(answer.seconds)
-        r.metrics.engine_steps.labels(self._tally.engine).inc()
-        r.costs.observe("step", token_rows(live.job.clip, stepped.tokens), answer.seconds)
-        live.job.progress.step = stepped.step
-        self._keep_ratio = stepped.keep_ratio
-        self._report()
+    def _take_in(self, conditioned: Conditioned) -> None:
+        tally, progress = self._tally, self.live.job.progress
+        tally.engine, tally.tokens_uniform = conditioned.engine, conditioned.tokens_uniform
+        tally.step_tokens = list(conditioned.step_tokens)
+        progress.step = self._saved_step = len(conditioned.step_tokens)
+        progress.frames_decoded = 0
+        self.rows, self.next, self._keep_ratio = conditioned.rows, conditioned.next, conditioned.keep_ratio
+        self.state_bytes = conditioned.state_bytes + conditioned.decode_bytes
+        self.steps_in_core, self._unsaved_seconds = 0, 0.0
+        self.phase = Phase.DENOISING if self.next is not None else Phase.DECODING
+        if progress.step:
+            self._renderer.metrics.resumes.inc()
+            log.info("job resumed", job_id=self.live.job_id, step=progress.step)
 
-    async def _decode(self) -> None:
+    async def denoising(self) -> None:
+        """Says that the coming step is about to begin. Raises Stopped."""
+        self._stop_if_asked()
+        if self.live.job.state == pb.JOB_STATE_CONDITIONING:
+            await self._renderer.jobs.transition(self.live, pb.JOB_STATE_DENOISING)
+
+    def stepped(self, done: RequestStepped, seconds: float) -> None:
+        """Takes note of a step.
+
+        Args:
+            seconds: of the forward that it was part of.
+        """
+        tally, progress = self._tally, self.live.job.progress
+        tally.step_tokens.append(done.tokens)
+        tally.plan_seconds += done.plan_seconds
+        tally.denoise_seconds += seconds - done.plan_seconds
+        self._unsaved_seconds += seconds
+        self._keep_ratio, self.next = done.keep_ratio, done.next
+        self.steps_in_core += 1
+        progress.step = done.step
+        if self.next is None:
+            self.phase = Phase.DECODING
+
+    async def show(self, done: RequestStepped) -> None:
+        """Sends the watchers the preview of a step, if it has one."""
+        if (pictures := done.preview) is not None:
+            await self._aside(self._show(lambda: previews.estimate(done.step, pictures)))
+
+    async def save_if_due(self) -> None:
+        """Has the state saved where the rule says so. Raises CoreDied."""
+        if self._is_due():
+            await self._save()
+
+    def _is_due(self) -> bool:
+        rule, steps = self._renderer.rule, self.live.job.progress.step - self._saved_step
+        at_end = self.next is None and self._unsaved_seconds >= _WORTH_SAVING_S
+        return steps >= rule.steps or self._unsaved_seconds >= rule.seconds or at_end
+
+    async def _save(self) -> None:
+        """A checkpoint that cannot be written is a loss after a crash, no reason to fail the job now."""
         r, live = self._renderer, self.live
+        try:
+            saved = await r.core.call(Save(live.job_id, str(r.checkpoints.path(live.job_id))), Saved)
+        except CoreDied:
+            raise
+        except EngineError as error:
+            log.error("no checkpoint", job_id=live.job_id, step=live.job.progress.step, error=f"{error}")
+        else:
+            r.metrics.checkpoint_seconds.observe(saved.seconds)
+            await r.jobs.got_on(live)
+        self._saved_step, self._unsaved_seconds = live.job.progress.step, 0.0
+
+    async def decode(self) -> float:
+        """Decodes the next chunk of frames; the seconds that it took the core.
+
+        Raises:
+            Stopped: the job was cancelled.
+            EngineError, CoreDied, ArtifactError: it failed.
+        """
+        await self.denoising()
+        r, live, clip = self._renderer, self.live, self.live.job.clip
         if live.job.state == pb.JOB_STATE_DENOISING:
             await r.jobs.transition(live, pb.JOB_STATE_DECODING)
-            await asyncio.to_thread(self._open_files)
-        clip, buffer = live.job.clip, self._buffer
+            self._files = await asyncio.to_thread(ClipFiles, r.artifacts, live.job_id, clip, self._tally.engine)
+            self._buffer = FrameBuffer(clip.height, clip.width, VAE_TEMPORAL_STRIDE, frame_dtype(clip))
+        buffer = self._buffer
         assert buffer is not None
         decoded = await r.core.call(Decode(live.job_id, buffer.name, buffer.dtype), Decoded)
         self._tally.decode_seconds += decoded.seconds
         r.costs.observe("decode", clip.width * clip.height * decoded.count, decoded.seconds)
         frames = await asyncio.to_thread(buffer.frames, decoded)
-        # The files grow while the core decodes on, one chunk behind it.
-        if self._writing is not None:
-            await self._writing
-        self._writing = asyncio.create_task(asyncio.to_thread(self._write, frames))
+        await self._aside(self._write(decoded.first, frames))
         live.job.progress.frames_decoded = decoded.first + decoded.count
-        self._report()
+        return decoded.seconds
+
+    async def _aside(self, work: Coroutine[Any, Any, None]) -> None:
+        """Does work while the core goes on; what was begun before is waited for."""
+        if self._working is not None:
+            await self._working
+        self._working = asyncio.create_task(work)
+
+    async def _write(self, first: int, frames: NDArray[Any]) -> None:
+        new = frames[max(0, self.live.frames_shown - first) :]
+        if self.live.job.previews.frames and len(new):
+            index = first + len(frames) - len(new)
+            await self._show(lambda: previews.decoded(index, new))
+            self.live.frames_shown = first + len(frames)
+        assert self._files is not None
+        await asyncio.to_thread(self._files.write, frames)
+
+    async def _show(self, draw: Callable[[], pb.Preview]) -> None:
+        self._renderer.jobs.progress(self.live, await asyncio.to_thread(draw))
+
+    async def suspend(self) -> None:
+        """Saves the state and leaves the core; the next `begin` goes on from there.
+
+        Raises:
+            Stopped: the job was cancelled.
+            CoreDied: before the state was saved.
+        """
+        self._stop_if_asked()
+        if self.live.job.progress.step > self._saved_step:
+            await self._save()
+        await self.abandon()
+
+    async def leave_core(self) -> None:
+        """Frees the core's state of this job; where the core is gone, so is the state."""
+        self.phase, self.next = Phase.WAITING, None
+        if self._buffer is not None:
+            self._buffer.close()
+            self._buffer = None
+        with contextlib.suppress(EngineError):
+            await self._renderer.core.call(Release(self.live.job_id), Released)
+
+    async def abandon(self) -> None:
+        """Gives up: leaves the core, and no file behind but the checkpoint."""
+        await self.leave_core()
+        if self._working is not None:
+            await asyncio.wait([self._working])
+            self._working.exception()  # which nobody will ask for
+            self._working = None
+        if self._files is not None:
+            await asyncio.to_thread(self._files.remove)
+            self._files = None
+
+    async def finish(self) -> None:
+        """Completes and publishes the files, and ends the job. Needs no core.
+
+        Raises:
+            Stopped: the job was cancelled.
+            ArtifactError: a file could not be written or published.
+        """
+        r, live, tally = self._renderer, self.live, self._tally
+        assert self._files is not None
+        if self._working is not None:
+            await self._working
+        self._stop_if_asked()
+        await r.jobs.transition(live, pb.JOB_STATE_ENCODING)
+        published = await asyncio.to_thread(self._files.publish)
+        if live.job.clip.tokenization.mode == clip_pb2.Tokenization.CAT:
+            tally.timings.append(StageTime("plan", tally.plan_seconds))
+        tally.timings += [
+            StageTime("denoise", tally.denoise_seconds),
+            StageTime("vae_decode", tally.decode_seconds),
+            StageTime("mux", self._files.seconds),
+        ]
+        result = _result(tally, live.job.clip, published)
+        await r.jobs.transition(live, pb.JOB_STATE_SUCCEEDED, lambda job: job.result.CopyFrom(result))
+        for timing in tally.timings:
+            r.metrics.stage(timing)
 
     def _stop_if_asked(self) -> None:
         if self.live.stop_requested:
             raise Stopped
 
-    def _report(self) -> None:
-        clip = self.live.job.clip
-        expected = step_tokens(token_grid(self._renderer.model, clip), clip.steps, self._keep_ratio)
-        remaining = self._renderer.costs.remaining(self.live.job, expected)
-        if remaining is not None:
-            self.live.job.progress.eta.FromNanoseconds(int(remaining * 1e9))
-        self._renderer.jobs.progress(self.live)
 
-    def _open_files(self) -> None:
-        clip, job_id, artifacts = self.live.job.clip, self.live.job_id, self._renderer.artifacts
-        shape = ClipShape(clip.width, clip.height, clip.frames, exact_rate(clip.fps))
-        settings = {"job_id": job_id, "engine": self._tally.engine, **as_dict(clip)}
-        for value in clip.artifact_formats:
-            path = artifacts.scratch_path(job_id, _FORMATS[value])
-            self._writers.append(open_writer(_FORMATS[value], path, shape, clip_metadata(clip.prompt, settings)))
-        deep = clip_pb2.ARTIFACT_FORMAT_FRAMES_F32 in clip.artifact_formats
-        self._buffer = FrameBuffer(clip.height, clip.width, VAE_TEMPORAL_STRIDE, "float32" if deep else "uint8")
-
-    def _write(self, frames: NDArray[Any]) -> None:
-        started = time.perf_counter()
-        for writer in self._writers:
-            writer.write(frames)
-        self._tally.mux_seconds += time.perf_counter() - started
-
-    def _publish(self) -> list[ArtifactInfo]:
-        """All files are whole before the first of them is published."""
-        finished = [writer.finish() for writer in self._writers]
-        return [self._renderer.artifacts.publish(self.live.job_id, written) for written in finished]
-
-    def _remove_files(self) -> None:
-        for writer in self._writers:
-            writer.abort()
-        with contextlib.suppress(ArtifactError):
-            self._renderer.artifacts.delete_job(self.live.job_id)
-
-    def _result(self, published: list[ArtifactInfo]) -> pb.ClipResult:
-        tally = self._tally
-        mean = sum(tally.step_tokens) / len(tally.step_tokens)
-        result = pb.ClipResult(
-            tokens_used=round(mean),
-            tokens_uniform=tally.tokens_uniform,
-            engine=tally.engine,
-            step_tokens=tally.step_tokens,
-            keep_ratio=mean / tally.tokens_uniform,
+def _result(tally: _Tally, clip: clip_pb2.ClipSpec, published: list[ArtifactInfo]) -> pb.ClipResult:
+    mean = sum(tally.step_tokens) / len(tally.step_tokens)
+    result = pb.ClipResult(
+        tokens_used=round(mean),
+        tokens_uniform=tally.tokens_uniform,
+        engine=tally.engine,
+        step_tokens=tally.step_tokens,
+        keep_ratio=mean / tally.tokens_uniform,
+    )
+    for timing in tally.timings:
+        entry = result.timings.add(stage=pb.Stage.Value(f"STAGE_{timing.stage.upper()}"), cached=timing.cached)
+        entry.duration.FromNanoseconds(int(timing.seconds * 1e9))
+    for value, info in zip(clip.artifact_formats, published, strict=True):
+        result.artifacts.add(
+            name=info.name, format=value, mime_type=info.mime_type, size_bytes=info.size_bytes, sha256=info.sha256
         )
-        for timing in tally.timings:
-            entry = result.timings.add(stage=pb.Stage.Value(f"STAGE_{timing.stage.upper()}"), cached=timing.cached)
-            entry.duration.FromNanoseconds(int(timing.seconds * 1e9))
-        for value, info in zip(self.live.job.clip.artifact_formats, published, strict=True):
-            result.artifacts.add(
-                name=info.name, format=value, mime_type=info.mime_type, size_bytes=info.size_bytes, sha256=info.sha256
-            )
-        return result
+    return result
 
 
 def _cat(tokenization: clip_pb2.Tokenization) -> Cat | None:
@@ -294,8 +411,3 @@ def _cat(tokenization: clip_pb2.Tokenization) -> Cat | None:
     if tokenization.WhichOneof("budget") == "keep_ratio":
         return Cat(keep_ratio=tokenization.keep_ratio)
     return Cat(target_psnr_db=tokenization.target_psnr_db)
-
-
-def as_dict(message: Message) -> dict[str, Any]:
-    """A message as plain JSON values, by its proto field names."""
-    return dict(MessageToDict(message, preserving_proto_field_name=True))

@@ -1,29 +1,30 @@
-"""Which job the engine core works on: first come, first served, one step at a time."""
+"""Works off the queue, one quantum of the engine core after the other, as the policy says; and what happens when a
+quantum fails or the core dies.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import itertools
-from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 import grpc
 import structlog
 
 from cinecat.engines.errors import CoreDied, EngineError, NoFreeSlot
-from cinecat.server.core_process import CoreProcess
-from cinecat.server.costs import Costs
+from cinecat.server.backlog import Backlog
+from cinecat.server.circuit import Circuit
+from cinecat.server.core_process import CoreProcess, succeeded
 from cinecat.server.errors import RequestError, ShuttingDown, explain, status_of
 from cinecat.server.jobs import Jobs, LiveJob
 from cinecat.server.metrics import Metrics
-from cinecat.server.models import token_grid, tokens_of_steps
+from cinecat.server.policy import Advance, Begin, Decision, DecodeChunk, Evict, Policy
 from cinecat.server.render import Renderer, Rendering, Stopped
 from cinecat.v1 import job_pb2 as pb
-from cinecat.v1 import models_pb2
 
-# A job that was running when the core died is tried once more; one that kills it twice would do so for ever.
-MAX_ATTEMPTS = 2
+MAX_ATTEMPTS = 3
+"""A job that was alone in the core each time when it died, and got no further between, is given up after so many."""
 
 _PAUSES_S = (0.0, 1.0, 5.0, 15.0, 60.0)
 _SLOT_RETRY_S = 1.0
@@ -32,38 +33,33 @@ log = structlog.get_logger(__name__)
 
 
 class Scheduler:
-    """The queue, and the task that works it off."""
+    """The task that works off the backlog."""
 
     def __init__(
         self,
         jobs: Jobs,
         renderer: Renderer,
         core: CoreProcess,
-        model: models_pb2.Model,
-        max_queue: int,
+        backlog: Backlog,
+        policy: Policy,
         metrics: Metrics,
-        costs: Costs,
         on_core_state: Callable[[bool], Awaitable[None]],
     ) -> None:
         """`on_core_state` hears whether there is an engine core to work with."""
         self._jobs = jobs
         self._renderer = renderer
         self._core = core
-        self._model = model
-        self._max_queue = max_queue
+        self._backlog = backlog
+        self._policy = policy
         self._metrics = metrics
-        self._costs = costs
         self._on_core_state = on_core_state
-        self._queue: deque[LiveJob] = deque()
         self._arrival = asyncio.Event()
-        self._rendering: Rendering | None = None
-        # Since a job found no style slot free, until one leaves the core.
-        self._slots_full = False
+        self._circuit = Circuit()
         self._finishing: set[asyncio.Task[None]] = set()
         self._drain = asyncio.Event()
-        jobs.on_dequeued = self._tell_positions
+        jobs.on_dequeued = backlog.tell_positions
 
-    def admit(self) -> None:
+    def admit(self, request_hash: str = "") -> None:
         """Says whether one more job may be accepted.
 
         Raises:
@@ -71,31 +67,34 @@ class Scheduler:
         """
         if self._drain.is_set():
             raise ShuttingDown("the server is shutting down; try again in a moment")
-        if len(self._waiting()) >= self._max_queue:
-            message = f"{self._max_queue} jobs are waiting, which is all that may; try again later"
+        if self._backlog.is_full:
+            message = f"{self._backlog.waiting} jobs are waiting, which is all that may; try again later"
             raise RequestError(grpc.StatusCode.RESOURCE_EXHAUSTED, message)
+        self._circuit.check(request_hash)
 
     def enqueue(self, live: LiveJob) -> None:
-        self._queue.append(live)
+        """Takes on an accepted job."""
+        self._backlog.add(self._renderer.take(live))
         self._arrival.set()
-        self._tell_positions()
 
     async def run(self) -> None:
-        """Works until `drain`, one quantum after the other: the running job's next, else the next job's first."""
-        while self._rendering is not None or not self._drain.is_set():
-            if self._rendering is None:
-                if self._core.died.is_set():
-                    await self._restart_core()
-                    continue
-                live = self._next()
-                if live is None:
+        """Works until `drain`, and then until the jobs that are in the core have left it."""
+        while self._backlog.in_core or not self._drain.is_set():
+            if self._core.died.is_set():
+                await self._lost([], CoreDied("the engine core died between two calls"))
+                await self._restart_core()
+                continue
+            await self._stop_cancelled()
+            decision = self._policy(self._backlog.snapshot(resident_only=self._drain.is_set()))
+            if decision is None:
+                if not self._drain.is_set():
                     await self._idle()
-                    continue
-                self._rendering = self._renderer.begin(live)
-            await self._advance(self._rendering)
+                continue
+            await self._do(decision)
 
     async def drain(self, worker: asyncio.Task[None], seconds: float, hurry: asyncio.Event) -> None:
-        """Starts no further job, gives the running one this long or until `hurry`, then puts it back into the queue.
+        """Lets no further job in, gives those in the core this long or until `hurry`, then puts them back into the
+        queue, where they wait for the next start with what was saved of them.
 
         A job whose files are still being finished at the end of it is found unfinished by the next start.
         """
@@ -118,26 +117,77 @@ class Scheduler:
         """
         self._arrival.clear()
         waits = [asyncio.create_task(event.wait()) for event in (self._arrival, self._core.died)]
-        retry_seconds = _SLOT_RETRY_S if self._slots_full else None
+        retry_seconds = _SLOT_RETRY_S if self._backlog.slots_full else None
         done, _ = await asyncio.wait(waits, timeout=retry_seconds, return_when=asyncio.FIRST_COMPLETED)
         for wait in waits:
             wait.cancel()
         if not done:
-            self._slots_full = False
+            self._backlog.slots_full = False
 
-    async def _advance(self, rendering: Rendering) -> None:
+    async def _stop_cancelled(self) -> None:
+        for rendering in self._backlog.in_core:
+            if rendering.live.stop_requested:
+                await self._give_up(rendering, Stopped())
+
+    async def _do(self, decision: Decision) -> None:
+        """One quantum. Whatever goes wrong in it is dealt with here."""
+        ids = decision.job_ids if isinstance(decision, Advance) else (decision.job_id,)
+        renderings = [self._backlog[job_id] for job_id in ids]
         try:
-            if not await rendering.advance():
-                return
-            await rendering.leave_core()
+            with self._backlog.charged(renderings):
+                match decision:
+                    case Begin():
+                        await self._begin(renderings[0])
+                    case Advance():
+                        await self._advance(renderings)
+                    case DecodeChunk():
+                        await self._decode(renderings[0])
+                    case Evict():
+                        await self._evict(renderings[0])
+        except CoreDied as error:
+            await self._lost(renderings, error)
         except Exception as error:
-            self._rendering = None
-            await self._give_up(rendering, error)
-            return
-        self._rendering, self._slots_full = None, False
-        finishing = asyncio.create_task(self._finish(rendering))
-        self._finishing.add(finishing)
-        finishing.add_done_callback(self._finishing.discard)
+            await self._failed(renderings, error)
+
+    async def _begin(self, rendering: Rendering) -> None:
+        await rendering.begin()
+        self._backlog.tell_positions()
+
+    async def _advance(self, renderings: Sequence[Rendering]) -> None:
+        stepped = await self._renderer.step(renderings)
+        for rendering, done in zip(renderings, stepped.requests, strict=True):
+            try:
+                rendering.stepped(own := succeeded(done), stepped.seconds)
+            except EngineError as error:
+                await self._give_up(rendering, error)
+                continue
+            self._backlog.report(rendering)
+            await rendering.show(own)
+        for rendering in renderings:
+            if rendering.in_core:
+                await rendering.save_if_due()
+
+    async def _decode(self, rendering: Rendering) -> None:
+        """When all frames are there, the files are completed while the core does something else."""
+        await rendering.decode()
+        self._backlog.report(rendering)
+        if rendering.decoded:
+            await rendering.leave_core()
+            self._backlog.remove(rendering)
+            finishing = asyncio.create_task(self._finish(rendering))
+            self._finishing.add(finishing)
+            finishing.add_done_callback(self._finishing.discard)
+
+    async def _evict(self, rendering: Rendering) -> None:
+        await rendering.suspend()
+        self._metrics.preemptions.inc()
+        live = rendering.live
+        live.attempts -= 1  # it went out as it came in
+        log.info("job sent out", job_id=live.job_id, step=live.job.progress.step)
+        reason = f"a more urgent clip needs the room; goes on from step {live.job.progress.step}"
+        await self._until_stored(live, lambda: self._jobs.requeue(live, reason))
+        self._backlog.slots_full = False
+        self._backlog.tell_positions()
 
     async def _finish(self, rendering: Rendering) -> None:
         try:
@@ -145,43 +195,69 @@ class Scheduler:
         except Exception as error:
             await self._give_up(rendering, error)
 
+    async def _failed(self, renderings: Sequence[Rendering], error: Exception) -> None:
+        """A quantum failed. Where jobs shared it, none has changed, and each is asked alone from now on."""
+        if len(renderings) > 1:
+            log.warning("jobs failed together; each goes on alone", jobs=len(renderings), error=f"{error}")
+            for rendering in renderings:
+                rendering.alone = True
+        else:
+            await self._give_up(renderings[0], error)
+
     async def _give_up(self, rendering: Rendering, error: Exception) -> None:
         """Whatever happened, the job ends up in a state that is true, and nothing of it is left in core or files."""
         live = rendering.live
         await rendering.abandon()
-        self._slots_full = isinstance(error, NoFreeSlot)
-        if isinstance(error, Stopped) or (isinstance(error, CoreDied | NoFreeSlot) and live.stop_requested):
+        stopped = isinstance(error, Stopped) or (isinstance(error, NoFreeSlot) and live.stop_requested)
+        if isinstance(error, NoFreeSlot) and not stopped:
+            await self._await_slot(rendering, error)
+            return
+        self._backlog.remove(rendering)
+        if stopped:
             await self._until_stored(live, lambda: self._jobs.transition(live, pb.JOB_STATE_CANCELLED))
-        elif isinstance(error, NoFreeSlot):
-            await self._await_slot(live, error)
-        elif isinstance(error, CoreDied):
-            await self._after_death(live, error)
         else:
             code = status_of(error)
             if code is grpc.StatusCode.INTERNAL:
                 log.error("job failed", job_id=live.job_id, exc_info=error)
             await self._until_stored(live, lambda: self._jobs.fail(live, code.value[0], explain(error)))
 
-    async def _await_slot(self, live: LiveJob, error: NoFreeSlot) -> None:
-        """Puts a job back in front. Later jobs that wear a style do not overtake it, others do."""
+    async def _await_slot(self, rendering: Rendering, error: NoFreeSlot) -> None:
+        """Puts a job back. Later jobs that wear a style do not overtake it, others do."""
+        live = rendering.live
         log.info("job waits for a style slot", job_id=live.job_id, reason=f"{error}")
         live.attempts -= 1  # it never began
+        self._backlog.slots_full = True
         if await self._until_stored(live, lambda: self._jobs.requeue(live, f"{error}")):
-            self._queue.appendleft(live)
-            self._tell_positions()
+            self._backlog.tell_positions()
 
-    async def _after_death(self, live: LiveJob, error: CoreDied) -> None:
-        log.error("engine core died", job_id=live.job_id, attempt=live.attempts, error=f"{error}")
-        if self._drain.is_set():
-            live.attempts -= 1  # it was the server that stopped
-            await self._until_stored(live, lambda: self._jobs.requeue(live))
-        elif live.attempts < MAX_ATTEMPTS:
-            if await self._until_stored(live, lambda: self._jobs.requeue(live)):
-                self._queue.appendleft(live)
-                self._tell_positions()
-        else:
+    async def _lost(self, involved: Sequence[Rendering], error: CoreDied) -> None:
+        """The core died in a quantum of these jobs, and everything that it held is gone. One that was alone in it may be
+        what killed it; of several, each is tried alone before any is blamed. The others only begin anew.
+        """
+        for rendering in self._backlog.in_core:
+            if rendering not in involved:
+                await self._put_back(rendering, error, blamed=False)
+        for rendering in involved:
+            rendering.alone = True
+            await self._put_back(rendering, error, blamed=len(involved) == 1)
+        self._backlog.slots_full = False
+
+    async def _put_back(self, rendering: Rendering, error: CoreDied, *, blamed: bool) -> None:
+        live = rendering.live
+        log.error("engine core died", job_id=live.job_id, attempt=live.attempts, blamed=blamed, error=f"{error}")
+        await rendering.abandon()
+        if live.stop_requested:
+            self._backlog.remove(rendering)
+            await self._until_stored(live, lambda: self._jobs.transition(live, pb.JOB_STATE_CANCELLED))
+        elif blamed and live.attempts >= MAX_ATTEMPTS and not self._drain.is_set():
+            self._backlog.remove(rendering)
+            self._circuit.open(live.request_hash, live.job_id)
             code, message = status_of(error).value[0], f"{error}; the job was tried {live.attempts} times"
             await self._until_stored(live, lambda: self._jobs.fail(live, code, message))
+        elif live.job.state != pb.JOB_STATE_QUEUED:
+            if not blamed or self._drain.is_set():
+                live.attempts = max(0, live.attempts - 1)  # it was not its fault
+            await self._until_stored(live, lambda: self._jobs.requeue(live))
 
     async def _until_stored(self, live: LiveJob, transition: Callable[[], Awaitable[None]]) -> bool:
         """Tries until the database takes it, so that no job hangs after a full disk; false when the drain came first,
@@ -217,39 +293,6 @@ class Scheduler:
                 continue
             await self._on_core_state(True)
             return
-
-    def _next(self) -> LiveJob | None:
-        self._queue = deque(self._waiting())
-        for live in self._queue:
-            if not (self._slots_full and _wears_style(live)):
-                self._queue.remove(live)
-                return live
-        return None
-
-    def _waiting(self) -> list[LiveJob]:
-        return [live for live in self._queue if not live.ended]
-
-    def _tell_positions(self) -> None:
-        """Tells every waiting job its position and ETA."""
-        waiting = self._waiting()
-        self._metrics.queue_depth.set(len(waiting))
-        running = self._rendering.live if self._rendering is not None else None
-        ahead = 0.0
-        for position, live in enumerate([running, *waiting] if running is not None else waiting):
-            clip = live.job.clip
-            step_tokens = tokens_of_steps(token_grid(self._model, clip), clip)
-            seconds = self._costs.remaining(live.job, step_tokens)
-            ahead = float("nan") if seconds is None else ahead + seconds
-            if live is running:
-                continue
-            live.job.progress.queue_position = position
-            if ahead == ahead:
-                live.job.progress.eta.FromNanoseconds(int(ahead * 1e9))
-            self._jobs.progress(live)
-
-
-def _wears_style(live: LiveJob) -> bool:
-    return any(style.strength for style in live.job.clip.styles)
 
 
 def _pause(attempt: int) -> float:

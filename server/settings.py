@@ -106,6 +106,22 @@ class Settings(BaseModel):
     max_style_mib: int = Field(2048, ge=1, le=1_048_576, description="size of an uploaded style's weights file")
 
     max_queue: int = Field(1000, ge=1, description="jobs that may wait")
+    scheduling: Literal["steps", "fcfs"] = Field(
+        "steps",
+        description="who is next: decided anew before every step, or whole clips one at a time in the order of their "
+        "arrival, as a baseline to measure against",
+    )
+    max_batch: int = Field(
+        8,
+        ge=1,
+        le=256,
+        description="clips that may share a forward, where that was measured to be quicker; with 1 no clip's last bits "
+        "depend on what else is running",
+    )
+    checkpoint_steps: int = Field(8, ge=1, description="a running clip is saved after so many denoising steps")
+    checkpoint_seconds: float = Field(
+        10.0, ge=0, le=86_400, description="or after so many seconds of them, where that is sooner"
+    )
     max_tokens: int = Field(
         0, ge=0, le=2**31 - 1, description="tokens of one clip; 0 is 20480 on a CPU and 680400 (4K) on a GPU"
     )

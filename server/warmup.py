@@ -16,12 +16,13 @@ from cinecat.engines.errors import ModelError
 from cinecat.engines.messages import ModelInfo
 from cinecat.plugins.registry import StyleRegistry
 from cinecat.server.artifacts import ArtifactStore
-from cinecat.server.core_process import CoreProcess
+from cinecat.server.checkpoints import Checkpoints
+from cinecat.server.core_process import CoreProcess, succeeded
 from cinecat.server.costs import Costs
 from cinecat.server.inputs import JobInputs
 from cinecat.server.jobs import Jobs
 from cinecat.server.metrics import Metrics
-from cinecat.server.render import Renderer
+from cinecat.server.render import CheckpointRule, Renderer
 from cinecat.server.store import JobStore
 from cinecat.server.styles import StyleCatalogue
 from cinecat.v1 import clip_pb2, job_pb2, models_pb2
@@ -54,15 +55,22 @@ async def warm_up(core: CoreProcess, info: ModelInfo, model: models_pb2.Model) -
         metrics = Metrics(CollectorRegistry())
         inputs = JobInputs(folder / "inputs")
         artifacts = ArtifactStore(str(folder / "artifacts"))
-        jobs = Jobs(JobStore(folder / "jobs.sqlite"), inputs, 0.0, metrics)
-        renderer = Renderer(core, model, jobs, catalogue, inputs, artifacts, metrics, Costs())
+        checkpoints = Checkpoints(folder / "checkpoints")
+        jobs = Jobs(JobStore(folder / "jobs.sqlite"), inputs, checkpoints, 0.0, metrics)
+        rule = CheckpointRule(steps=_STEPS, seconds=0.0)
+        renderer = Renderer(core, model, jobs, catalogue, inputs, artifacts, checkpoints, rule, metrics, Costs())
         job = job_pb2.Job(job_id=uuid.uuid4().hex, clip=clip, detached=True)
         live, _ = await jobs.accept(job, np.full((clip.height, clip.width, 3), 127, dtype=np.uint8), "")
         assert live is not None
         try:
-            rendering = renderer.begin(live)
-            while not await rendering.advance():
-                pass
+            rendering = renderer.take(live)
+            await rendering.begin()
+            while rendering.next is not None:
+                stepped = await renderer.step([rendering])
+                rendering.stepped(succeeded(stepped.requests[0]), stepped.seconds)
+                await rendering.save_if_due()
+            while not rendering.decoded:
+                await rendering.decode()
             await rendering.leave_core()
             await rendering.finish()
         except Exception as error:

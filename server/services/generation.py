@@ -17,8 +17,10 @@ from cinecat.server.artifacts import ArtifactStore
 from cinecat.server.errors import RequestError, Violation, invalid
 from cinecat.server.jobs import Jobs
 from cinecat.server.lifecycle import state_name
+from cinecat.server.request_options import check_previews, check_priority
 from cinecat.server.scheduler import Scheduler
 from cinecat.server.services.paging import decode_token, encode_token, page_size
+from cinecat.server.services.tenants import tenant_of
 from cinecat.server.styles import StyleCatalogue
 from cinecat.server.validation import AcceptableClip, check_clip
 from cinecat.v1 import clip_pb2, generation_pb2, generation_pb2_grpc, job_pb2, models_pb2
@@ -26,6 +28,7 @@ from cinecat.v1 import clip_pb2, generation_pb2, generation_pb2_grpc, job_pb2, m
 _MAX_REQUEST_ID = 64
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+Request: TypeAlias = generation_pb2.GenerateRequest | generation_pb2.SubmitRequest
 
 
 class GenerationService(generation_pb2_grpc.GenerationServicer):
@@ -50,13 +53,13 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
     async def Generate(  # noqa: N802
         self, request: generation_pb2.GenerateRequest, context: Context
     ) -> AsyncIterator[job_pb2.JobEvent]:
-        job = await self._accept(request.clip, request.request_id, detached=False)
+        job = await self._accept(request, context, detached=False)
         async with aclosing(self._jobs.watch(job.job_id, 0)) as events:
             async for event in events:
                 yield event
 
     async def Submit(self, request: generation_pb2.SubmitRequest, context: Context) -> job_pb2.Job:  # noqa: N802
-        return await self._accept(request.clip, request.request_id, detached=True)
+        return await self._accept(request, context, detached=True)
 
     async def Watch(  # noqa: N802
         self, request: generation_pb2.WatchRequest, context: Context
@@ -113,17 +116,21 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
             yield generation_pb2.DownloadChunk(offset=offset, data=data, total_size_bytes=artifact.size_bytes)
             offset += len(data)
 
-    async def _accept(self, clip: clip_pb2.ClipSpec, request_id: str, *, detached: bool) -> job_pb2.Job:
+    async def _accept(self, request: Request, context: Context, *, detached: bool) -> job_pb2.Job:
         """Turns a request into a persisted, queued job, or finds the one that it already became."""
+        clip, request_id, tenant = request.clip, request.request_id, tenant_of(context.invocation_metadata())
         if len(request_id) > _MAX_REQUEST_ID:
             allowed = f"has {len(request_id)} characters, at most {_MAX_REQUEST_ID} are allowed"
             raise invalid([Violation("request_id", allowed)])
         request_hash = await asyncio.to_thread(_hash, clip)
-        if request_id and (earlier := await self._jobs.by_request_id(request_id)) is not None:
+        if request_id and (earlier := await self._jobs.by_request_id(tenant, request_id)) is not None:
             return _same_request(earlier.job, earlier.request_hash == request_hash)
-        self._scheduler.admit()
+        self._scheduler.admit(request_hash)
         acceptable = await self._in_checker(partial(check_clip, clip, self._model, self._catalogue))
-        self._scheduler.admit()
+        options = check_priority(request.priority) + check_previews(request.previews, acceptable.clip.steps)
+        if options:
+            raise invalid(options)
+        self._scheduler.admit(request_hash)
         job = job_pb2.Job(
             job_id=uuid.uuid4().hex,
             clip=acceptable.clip,
@@ -131,15 +138,17 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
             detached=detached,
             progress=job_pb2.JobProgress(total_steps=acceptable.clip.steps, total_frames=acceptable.clip.frames),
             notes=acceptable.notes,
+            priority=request.priority or (job_pb2.PRIORITY_BATCH if detached else job_pb2.PRIORITY_INTERACTIVE),
+            previews=request.previews,
         )
         # A client that vanishes from here on leaves a job that is stored and queued, or none.
-        return await asyncio.shield(asyncio.ensure_future(self._enqueue(job, request_hash, acceptable)))
+        return await asyncio.shield(asyncio.ensure_future(self._enqueue(job, request_hash, acceptable, tenant)))
 
     async def _in_checker(self, work: Callable[[], AcceptableClip]) -> AcceptableClip:
         return await asyncio.get_running_loop().run_in_executor(self._checkers, work)
 
-    async def _enqueue(self, job: job_pb2.Job, request_hash: str, clip: AcceptableClip) -> job_pb2.Job:
-        live, existing = await self._jobs.accept(job, clip.frame, request_hash, clip.weights)
+    async def _enqueue(self, job: job_pb2.Job, request_hash: str, clip: AcceptableClip, tenant: str) -> job_pb2.Job:
+        live, existing = await self._jobs.accept(job, clip.frame, request_hash, clip.weights, tenant)
         if live is None:
             assert existing is not None
             return _same_request(existing.job, existing.request_hash == request_hash)

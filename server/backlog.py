@@ -1,0 +1,214 @@
+"""The jobs that are not done, as the policy is shown them and as callers are told of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from cinecat.engines.messages import StepShape
+from cinecat.server.costs import Costs, pixel_frames
+from cinecat.server.forecast import Remaining, forecast
+from cinecat.server.jobs import Jobs
+from cinecat.server.metrics import Metrics
+from cinecat.server.policy import STRETCH, Phase, Snapshot, Task
+from cinecat.server.render import Rendering
+from cinecat.server.shares import Shares
+from cinecat.v1 import job_pb2 as pb
+
+# An ETA is computed anew when it is so old; between, it shrinks with the clock.
+_FORECAST_S = 0.25
+
+# A job that is sent out has its inputs encoded again; this many steps before that are worth it.
+_STEPS_BEFORE_EVICTION = 2
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of the backlog and the core.
+
+    Attributes:
+        max_queue: jobs that may wait.
+        most_together: jobs in one forward.
+        state_bytes: that jobs in the core may hold together; 0 is no bound.
+    """
+
+    max_queue: int
+    most_together: int
+    state_bytes: int
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A job with what was decided at its arrival; times in seconds since the epoch."""
+
+    rendering: Rendering
+    arrival: float
+    deadline: float
+    wears_style: bool
+
+
+class Backlog:
+    """All jobs from their acceptance until they leave the core.
+
+    Attributes:
+        slots_full: a job found no style slot free, and no job has left the core since.
+    """
+
+    def __init__(self, jobs: Jobs, costs: Costs, limits: Limits, metrics: Metrics) -> None:
+        self._jobs = jobs
+        self._costs = costs
+        self._limits = limits
+        self._metrics = metrics
+        self._entries: dict[str, _Entry] = {}
+        self._shares = Shares()
+        self._bytes_per_pixel = 0.0  # of a state, the most that was seen
+        self._forecast: dict[str, float] = {}
+        self._forecast_at = 0.0
+        self.slots_full = False
+
+    def __getitem__(self, job_id: str) -> Rendering:
+        return self._entries[job_id].rendering
+
+    def add(self, rendering: Rendering) -> None:
+        """Takes a job on, with a deadline by its own work; what no work is known of is due at once."""
+        live = rendering.live
+        arrival = live.job.create_time.ToMicroseconds() / 1e6
+        work = self._costs.remaining(live.job, rendering.expected_tokens()) or 0.0
+        wears = any(style.strength for style in live.job.clip.styles)
+        self._entries[live.job_id] = _Entry(rendering, arrival, arrival + STRETCH * work, wears)
+        self.tell_positions()
+
+    def remove(self, rendering: Rendering) -> None:
+        """Forgets a job that is done, or whose files are all that is left to do."""
+        entry = self._entries.pop(rendering.live.job_id, None)
+        if entry is not None:
+            self.slots_full = False
+            self.tell_positions()
+
+    @property
+    def in_core(self) -> list[Rendering]:
+        """Jobs that hold a state in the core."""
+        return [entry.rendering for entry in self._entries.values() if entry.rendering.in_core]
+
+    @property
+    def waiting(self) -> int:
+        """How many jobs wait to come in."""
+        return sum(not entry.rendering.in_core for entry in self._present())
+
+    @property
+    def is_full(self) -> bool:
+        return self.waiting >= self._limits.max_queue
+
+    def snapshot(self, resident_only: bool) -> Snapshot:
+        """What the policy decides from; with `resident_only`, nobody comes in."""
+        entries = [entry for entry in self._present() if entry.rendering.in_core or not resident_only]
+        self._shares.tenants({entry.rendering.live.tenant for entry in entries})
+        return Snapshot(
+            tasks=[self._task(entry) for entry in entries],
+            tenant_seconds=self._shares.tenant_seconds,
+            batch_is_due=self._shares.batch_is_due,
+            state_bytes=self._limits.state_bytes,
+            slots_full=self.slots_full,
+            most_together=self._limits.most_together,
+            step_seconds=self._costs.step_seconds,
+        )
+
+    @contextmanager
+    def charged(self, renderings: Sequence[Rendering]) -> Iterator[None]:
+        """Counts the time that a quantum takes to the tenants and the class of its jobs."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds = time.perf_counter() - started
+            classes = {_interactive(entry.rendering.live.job) for entry in self._present()}
+            self._shares.spent(_interactive(renderings[0].live.job), seconds, len(classes) == 2)
+            for rendering in renderings:
+                self._shares.charge(rendering.live.tenant, seconds / len(renderings))
+                self._learn_state(rendering)
+
+    def report(self, rendering: Rendering) -> None:
+        """Tells a running job's watchers how far it is and when it will be done."""
+        live = rendering.live
+        if live.ended:
+            return
+        self._tell_eta(live.job, self._forecast_now())
+        self._jobs.progress(live)
+
+    def tell_positions(self) -> None:
+        """Tells every waiting job its position and ETA."""
+        done = self._forecast_now(renewed=True)
+        entries = sorted(self._present(), key=lambda entry: _order(entry, done))
+        waiting = 0
+        for position, entry in enumerate(entries):
+            if entry.rendering.in_core:
+                continue
+            waiting += 1
+            live = entry.rendering.live
+            live.job.progress.queue_position = position
+            self._tell_eta(live.job, done)
+            self._jobs.progress(live)
+        self._metrics.queue_depth.set(waiting)
+
+    def _present(self) -> list[_Entry]:
+        """Jobs that were cancelled in the queue are gone from it."""
+        for job_id in [job_id for job_id, entry in self._entries.items() if entry.rendering.live.ended]:
+            del self._entries[job_id]
+        return list(self._entries.values())
+
+    def _task(self, entry: _Entry) -> Task:
+        rendering, job = entry.rendering, entry.rendering.live.job
+        return Task(
+            job_id=job.job_id,
+            tenant=rendering.live.tenant,
+            interactive=_interactive(job),
+            deadline=entry.deadline,
+            arrival=entry.arrival,
+            phase=rendering.phase,
+            shape=rendering.next or self._first_shape(rendering),
+            rows=rendering.rows,
+            state_bytes=rendering.state_bytes or round(self._bytes_per_pixel * pixel_frames(job.clip)),
+            wears_style=entry.wears_style,
+            alone=rendering.alone,
+            evictable=rendering.steps_in_core >= _STEPS_BEFORE_EVICTION,
+        )
+
+    def _first_shape(self, rendering: Rendering) -> StepShape | None:
+        """Of a job that waits, as it will most likely be."""
+        if rendering.phase is not Phase.WAITING:
+            return None
+        return StepShape(rendering.engine, rendering.expected_tokens()[0])
+
+    def _learn_state(self, rendering: Rendering) -> None:
+        rate = rendering.state_bytes / pixel_frames(rendering.live.job.clip)
+        self._bytes_per_pixel = max(self._bytes_per_pixel, rate)
+
+    def _forecast_now(self, renewed: bool = False) -> dict[str, float]:
+        """When each job will be done, in seconds since the epoch; without those that nothing is known of."""
+        now = time.time()
+        if renewed or now - self._forecast_at >= _FORECAST_S:
+            known = []
+            for entry in self._present():
+                live = entry.rendering.live
+                seconds = self._costs.remaining(live.job, entry.rendering.expected_tokens())
+                if seconds is not None:
+                    known.append(Remaining(live.job_id, live.tenant, _interactive(live.job), entry.deadline, seconds))
+            ahead = forecast(known, self._shares.interactive_load)
+            self._forecast = {job_id: now + seconds for job_id, seconds in ahead.items()}
+            self._forecast_at = now
+        return self._forecast
+
+    def _tell_eta(self, job: pb.Job, done: dict[str, float]) -> None:
+        if job.job_id in done:
+            job.progress.eta.FromNanoseconds(max(0, int((done[job.job_id] - time.time()) * 1e9)))
+
+
+def _order(entry: _Entry, done: dict[str, float]) -> tuple[bool, float, float]:
+    """Those in the core first, then as they will be done."""
+    return not entry.rendering.in_core, done.get(entry.rendering.live.job_id, entry.deadline), entry.arrival
+
+
+def _interactive(job: pb.Job) -> bool:
+    return job.priority != pb.PRIORITY_BATCH

@@ -1,0 +1,73 @@
+"""Who had how much of the engine core: tenants, and the two classes of jobs."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Collection
+
+BATCH_SHARE = 0.1
+"""Of the time, to batch jobs, while interactive ones want all of it."""
+
+_LOAD_SECONDS = 120.0
+"""The interactive load is that of the last minutes: older quanta count e times less with each such time."""
+
+
+class Shares:
+    """Seconds of the engine core, as the policy weighs them.
+
+    Attributes:
+        tenant_seconds: of the tenants that have jobs. One that comes, or comes back, starts with the least that another
+            has: nobody saves up a claim by not asking.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._began = self._counted = clock()
+        self._interactive = 0.0  # seconds to interactive jobs, older ones counting less
+        self.tenant_seconds: dict[str, float] = {}
+        self._owed = 0.0  # seconds to batch jobs
+        self._batch_quantum = 0.0  # seconds of the last one
+
+    @property
+    def batch_is_due(self) -> bool:
+        """Batch jobs are owed as much as they take at once."""
+        return self._owed > self._batch_quantum
+
+    def tenants(self, active: Collection[str]) -> None:
+        """Says who has jobs now."""
+        known = [self.tenant_seconds[tenant] for tenant in active if tenant in self.tenant_seconds]
+        least = min(known, default=0.0)
+        self.tenant_seconds = {tenant: self.tenant_seconds.get(tenant, least) for tenant in active}
+
+    def charge(self, tenant: str, seconds: float) -> None:
+        """Counts a tenant's part of a quantum."""
+        self.tenant_seconds[tenant] = self.tenant_seconds.get(tenant, 0.0) + seconds
+
+    @property
+    def interactive_load(self) -> float:
+        """Share of the time that interactive jobs took lately, 0 to 0.9."""
+        now = self._clock()
+        window = _LOAD_SECONDS * (1.0 - math.exp(-(now - self._began) / _LOAD_SECONDS))
+        return min(1.0 - BATCH_SHARE, self._interactive * self._faded(now) / window) if window > 0 else 0.0
+
+    def _faded(self, now: float) -> float:
+        return math.exp(-(now - self._counted) / _LOAD_SECONDS)
+
+    def spent(self, interactive: bool, seconds: float, both_want: bool) -> None:
+        """Counts a quantum.
+
+        Args:
+            interactive: the class of its jobs.
+            both_want: there are jobs of both classes.
+        """
+        now = self._clock()
+        self._interactive = self._interactive * self._faded(now) + (seconds if interactive else 0.0)
+        self._counted = now
+        if not interactive:
+            self._batch_quantum = seconds
+            self._owed = max(0.0, self._owed - seconds)
+        elif both_want:
+            self._owed += seconds * BATCH_SHARE / (1.0 - BATCH_SHARE)
+        if not both_want:
+            self._owed = 0.0
