@@ -18,8 +18,8 @@ WORTHWHILE = 0.97
 """Rows go together where one of them takes at most so much of its time alone: less is noise."""
 
 STRETCH = 4.0
-"""A deadline is so many times a job's own work after its arrival, so that of two that arrive together the shorter one is
-first, and a long one that has waited is not overtaken for ever."""
+"""A deadline is so many times a job's own work after its arrival, so that of two that arrive together the shorter one
+is first, and a long one that has waited is not overtaken for ever."""
 
 
 class Phase(Enum):
@@ -121,8 +121,8 @@ Policy: TypeAlias = Callable[[Snapshot], Decision | None]
 def by_step(snapshot: Snapshot) -> Decision | None:
     """The next quantum; None where there is nothing to do.
 
-    A waiting job that outranks all others but finds no room sends out jobs of the class below. Where that does not help,
-    no other job comes in before it, and room comes from those that end.
+    A waiting job that outranks all others but finds no room sends out jobs of the class below. Where that does not
+    help, no other job comes in before it, and room comes from those that end.
     """
     ranked = sorted(snapshot.tasks, key=lambda task: _rank(task, snapshot))
     resident = [task for task in ranked if task.resident]

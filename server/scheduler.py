@@ -231,8 +231,8 @@ class Scheduler:
             self._backlog.tell_positions()
 
     async def _lost(self, involved: Sequence[Rendering], error: CoreDied) -> None:
-        """The core died in a quantum of these jobs, and everything that it held is gone. One that was alone in it may be
-        what killed it; of several, each is tried alone before any is blamed. The others only begin anew.
+        """The core died in a quantum of these jobs, and everything that it held is gone. One that was alone in it may
+        be what killed it; of several, each is tried alone before any is blamed. The others only begin anew.
         """
         for rendering in self._backlog.in_core:
             if rendering not in involved:

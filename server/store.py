@@ -62,6 +62,7 @@ class StoredJob:
     job: job_pb2.Job
     request_hash: str
     attempts: int
+    tenant: str = ""
 
 
 class JobStore:
@@ -106,7 +107,7 @@ class JobStore:
                 session.flush()
                 session.add(_event_row(first))
         except IntegrityError:
-            existing = self.by_request_id(job.request_id)
+            existing = self.by_request_id(stored.tenant, job.request_id)
             if existing is None:
                 raise
             return existing
@@ -124,7 +125,12 @@ class JobStore:
         with self._session() as session:
             return _stored(session.get(_JobRow, job_id))
 
-    def by_request_id(self, request_id: str) -> StoredJob | None:
+    def set_attempts(self, job_id: str, attempts: int) -> None:
+        """Persists how often the core has started on a job, between two of its transitions."""
+        with self._session.begin() as session:
+            session.get_one(_JobRow, job_id).attempts = attempts
+
+    def by_request_id(self, tenant: str, request_id: str) -> StoredJob | None:
         with self._session() as session:
             return _stored(session.scalar(select(_JobRow).where(_JobRow.request_id == request_id)))
 

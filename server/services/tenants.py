@@ -14,7 +14,7 @@ _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 def tenant_of(metadata: Iterable[Any] | None) -> str:
-    """The tenant that a call's metadata names; empty where it names none. Raises RequestError for one that is no name."""
+    """The tenant that a call's metadata names; empty where it names none. Raises RequestError for what is no name."""
     named = [value for key, value in metadata or () if key == TENANT_KEY]
     if not named:
         return ""

@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry
 
 from cinecat.engines.messages import ModelInfo
 from cinecat.plugins.registry import BUNDLED, StyleRegistry
+from cinecat.server.checkpoints import Checkpoints
 from cinecat.server.inputs import JobInputs
 from cinecat.server.jobs import Jobs, LiveJob
 from cinecat.server.metrics import Metrics
@@ -73,7 +74,14 @@ def new_job(job_id: str = "", *, detached: bool = True, request_id: str = "") ->
     clip.tokenization.mode = clip_pb2.Tokenization.UNIFORM
     progress = pb.JobProgress(total_steps=clip.steps, total_frames=clip.frames)
     name = job_id or f"job-{next(_numbers)}"
-    return pb.Job(job_id=name, clip=clip, detached=detached, request_id=request_id, progress=progress)
+    return pb.Job(
+        job_id=name,
+        clip=clip,
+        detached=detached,
+        request_id=request_id,
+        progress=progress,
+        priority=pb.PRIORITY_INTERACTIVE,
+    )
 
 
 class ScriptedStore(JobStore):
@@ -115,10 +123,11 @@ class Front:
         self.metrics = Metrics(self.registry)
         self.store = ScriptedStore(folder / "jobs.sqlite")
         self.inputs = JobInputs(folder / "inputs")
-        self.jobs = Jobs(self.store, self.inputs, grace_seconds, self.metrics)
+        self.checkpoints = Checkpoints(folder / "checkpoints")
+        self.jobs = Jobs(self.store, self.inputs, self.checkpoints, grace_seconds, self.metrics)
 
-    async def accept(self, job: pb.Job) -> LiveJob:
-        live, _ = await self.jobs.accept(job, FRAME, "hash")
+    async def accept(self, job: pb.Job, tenant: str = "") -> LiveJob:
+        live, _ = await self.jobs.accept(job, FRAME, f"hash of {job.job_id}", tenant=tenant)
         assert live is not None
         return live
 

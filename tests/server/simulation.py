@@ -1,4 +1,4 @@
-"""A server in simulated time: the policy and the shares as the scheduler uses them, and an engine core that is a clock."""
+"""A server in simulated time: policy and shares as the scheduler uses them, and an engine core that is a clock."""
 
 from __future__ import annotations
 

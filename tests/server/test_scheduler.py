@@ -12,16 +12,21 @@ import grpc
 import pytest
 
 from cinecat.engines.errors import CoreDied, EngineError, EngineFault, ModelError, NoFreeSlot, OutOfMemory
+from cinecat.engines.messages import Failure, StepShape
 from cinecat.plugins.registry import UnknownStyle
 from cinecat.server import scheduler as scheduler_module
-from cinecat.server.artifacts import ArtifactError
+from cinecat.server.artifacts import ArtifactError, ArtifactStore
+from cinecat.server.backlog import Backlog, Limits
 from cinecat.server.costs import Costs
 from cinecat.server.errors import RequestError, ShuttingDown
 from cinecat.server.jobs import LiveJob
-from cinecat.server.render import Stopped
+from cinecat.server.policy import by_step
+from cinecat.server.render import CheckpointRule, Renderer, Stopped
 from cinecat.server.scheduler import Scheduler
+from cinecat.v1 import clip_pb2
 from cinecat.v1 import job_pb2 as pb
-from tests.server.samples import NEVER_S, PATH_TO_SUCCESS, Front, front, model, move, new_job, until
+from tests.server.samples import NEVER_S, Front, catalogue, front, model, new_job, until
+from tests.server.scripted_core import STEP_S, ScriptedCore
 
 FAILED = pb.JOB_STATE_FAILED
 QUEUED = pb.JOB_STATE_QUEUED
@@ -29,123 +34,64 @@ CANCELLED = pb.JOB_STATE_CANCELLED
 SUCCEEDED = pb.JOB_STATE_SUCCEEDED
 
 
-class ScriptedCore:
-    """An engine core that dies, and comes back, when told to."""
-
-    def __init__(self) -> None:
-        self.died = asyncio.Event()
-        self.restarts = 0
-        self.refusals: list[Exception] = []
-        self.killed = asyncio.Event()
-
-    async def restart(self) -> None:
-        self.restarts += 1
-        if self.refusals:
-            raise self.refusals.pop(0)
-        self.died = asyncio.Event()
-
-    def kill(self) -> None:
-        self.killed.set()
-
-
-class ScriptedRenderer:
-    """Moves jobs along; what happens to a job while it denoises is looked up by its id, once for each attempt."""
-
-    def __init__(self, f: Front, core: ScriptedCore) -> None:
-        self._jobs = f.jobs
-        self._core = core
-        self.rendered: list[str] = []
-        self.fates: dict[str, list[Exception]] = {}
-        self.gate = asyncio.Event()
-        self.gate.set()
-
-    def begin(self, live: LiveJob) -> ScriptedRendering:
-        self.rendered.append(live.job_id)
-        return ScriptedRendering(self, live)
-
-    async def advance(self, live: LiveJob) -> bool:
-        if live.job.state == QUEUED:
-            await move(self._jobs, live, *PATH_TO_SUCCESS[:2])
-            return False
-        await self._work()
-        if live.stop_requested:
-            raise Stopped
-        if fates := self.fates.get(live.job_id):
-            if isinstance(fates[0], CoreDied):
-                self._core.died.set()
-            raise fates.pop(0)
-        await self._jobs.transition(live, PATH_TO_SUCCESS[2])
-        return True
-
-    async def finish(self, live: LiveJob) -> None:
-        await move(self._jobs, live, *PATH_TO_SUCCESS[3:])
-
-    async def _work(self) -> None:
-        waits = [asyncio.create_task(event.wait()) for event in (self.gate, self._core.killed)]
-        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        for wait in waits:
-            wait.cancel()
-        if self._core.killed.is_set():
-            self._core.died.set()
-            raise CoreDied("the engine core died with exit code -9")
-
-
-class ScriptedRendering:
-    def __init__(self, renderer: ScriptedRenderer, live: LiveJob) -> None:
-        self._renderer = renderer
-        self.live = live
-
-    async def advance(self) -> bool:
-        return await self._renderer.advance(self.live)
-
-    async def finish(self) -> None:
-        await self._renderer.finish(self.live)
-
-    async def leave_core(self) -> None:
-        pass
-
-    async def abandon(self) -> None:
-        pass
-
-
 class Line:
-    """A scheduler, its worker, and all that they work with."""
+    """A scheduler over a scripted core, its worker, and all that they work with."""
 
-    def __init__(self, f: Front, max_queue: int) -> None:
+    def __init__(self, f: Front, folder: Path, limits: Limits) -> None:
         self.front = f
         self.core = ScriptedCore()
-        self.renderer = ScriptedRenderer(f, self.core)
         self.core_states: list[bool] = []
         self.costs = Costs()
-        renderer: Any = self.renderer
+        self.artifacts = ArtifactStore(str(folder / "artifacts"))
         core: Any = self.core
-        self.scheduler = Scheduler(
-            f.jobs, renderer, core, model(), max_queue, f.metrics, self.costs, self._on_core_state
+        renderer = Renderer(
+            core,
+            model(),
+            f.jobs,
+            catalogue(),
+            f.inputs,
+            self.artifacts,
+            f.checkpoints,
+            CheckpointRule(steps=2, seconds=NEVER_S),
+            f.metrics,
+            self.costs,
         )
+        backlog = Backlog(f.jobs, self.costs, limits, f.metrics)
+        self.scheduler = Scheduler(f.jobs, renderer, core, backlog, by_step, f.metrics, self._on_core_state)
         self.worker = asyncio.create_task(self.scheduler.run())
 
     async def _on_core_state(self, alive: bool) -> None:
         self.core_states.append(alive)
 
-    async def enqueue(self, *names: str, style: str = "") -> list[LiveJob]:
+    async def add(self, job: pb.Job, tenant: str = "") -> LiveJob:
+        job.clip.model = "wan-tiny"
+        live = await self.front.accept(job, tenant)
+        self.scheduler.enqueue(live)
+        return live
+
+    async def enqueue(self, *names: str, style: str = "", **changes: Any) -> list[LiveJob]:
         made = [new_job(name) for name in names]
-        if style:
-            for job in made:
+        for job in made:
+            if style:
                 job.clip.styles.add(name=style, strength=1.0)
-        jobs = [await self.front.accept(job) for job in made]
-        for live in jobs:
-            self.scheduler.enqueue(live)
-        return jobs
+            job.MergeFrom(pb.Job(**changes))
+        return [await self.add(job) for job in made]
 
     async def drain(self, seconds: float = NEVER_S, hurry: asyncio.Event | None = None) -> None:
         await self.scheduler.drain(self.worker, seconds, hurry or asyncio.Event())
 
 
 def with_line(
-    folder: Path, scenario: Callable[[Line], Any], *, max_queue: int = 10, core_refuses: tuple[Exception, ...] = ()
+    folder: Path,
+    scenario: Callable[[Line], Any],
+    *,
+    max_queue: int = 10,
+    most_together: int = 8,
+    state_bytes: int = 0,
+    core_refuses: tuple[Exception, ...] = (),
 ) -> None:
     async def run() -> None:
-        async with line(folder, max_queue) as running:
+        async with line(folder, Limits(max_queue, most_together, state_bytes)) as running:
             running.core.refusals += core_refuses
             await asyncio.wait_for(scenario(running), 60)
 
@@ -153,12 +99,13 @@ def with_line(
 
 
 @asynccontextmanager
-async def line(folder: Path, max_queue: int) -> AsyncIterator[Line]:
+async def line(folder: Path, limits: Limits) -> AsyncIterator[Line]:
     async with front(folder) as f:
-        running = Line(f, max_queue)
+        running = Line(f, folder, limits)
         yield running
-        running.renderer.gate.set()
+        running.core.gate.set()
         await running.drain()
+        assert not running.core.states
 
 
 async def ended(*jobs: LiveJob) -> None:
@@ -169,7 +116,7 @@ def test_jobs_are_worked_off_in_the_order_of_their_arrival(tmp_path: Path) -> No
     async def scenario(line: Line) -> None:
         jobs = await line.enqueue("a", "b", "c")
         await ended(*jobs)
-        assert line.renderer.rendered == ["a", "b", "c"]
+        assert line.core.begun == ["a", "b", "c"]
         assert {live.job.state for live in jobs} == {SUCCEEDED}
 
     with_line(tmp_path, scenario)
@@ -177,16 +124,16 @@ def test_jobs_are_worked_off_in_the_order_of_their_arrival(tmp_path: Path) -> No
 
 def test_a_full_queue_takes_no_more(tmp_path: Path) -> None:
     async def scenario(line: Line) -> None:
-        line.renderer.gate.clear()
+        line.core.gate.clear()
         running, *_ = await line.enqueue("running")
-        await until(lambda: bool(line.renderer.rendered))
+        await until(lambda: bool(line.core.begun))
         waiting = await line.enqueue("a", "b")
         with pytest.raises(RequestError, match="2 jobs are waiting") as refused:
             line.scheduler.admit()
         assert refused.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
         await line.front.jobs.cancel("a")
         line.scheduler.admit()
-        line.renderer.gate.set()
+        line.core.gate.set()
         await ended(running, *waiting)
 
     with_line(tmp_path, scenario, max_queue=2)
@@ -194,14 +141,14 @@ def test_a_full_queue_takes_no_more(tmp_path: Path) -> None:
 
 def test_waiting_jobs_know_their_place_and_a_running_one_has_none(tmp_path: Path) -> None:
     async def scenario(line: Line) -> None:
-        line.renderer.gate.clear()
+        line.core.gate.clear()
         a, b, c = await line.enqueue("a", "b", "c")
-        await until(lambda: a.job.state == PATH_TO_SUCCESS[1])
+        await until(lambda: a.job.state == pb.JOB_STATE_DENOISING)
         assert [live.job.progress.queue_position for live in (a, b, c)] == [0, 1, 2]
         assert line.front.registry.get_sample_value("cinecat_queue_depth") == 2
         await line.front.jobs.cancel("b")
         assert c.job.progress.queue_position == 1
-        line.renderer.gate.set()
+        line.core.gate.set()
         await until(lambda: c.job.state != QUEUED)
         assert c.job.progress.queue_position == 0
         await ended(a, c)
@@ -212,14 +159,14 @@ def test_waiting_jobs_know_their_place_and_a_running_one_has_none(tmp_path: Path
 
 def test_waiting_jobs_have_an_eta_once_costs_are_known(tmp_path: Path) -> None:
     async def scenario(line: Line) -> None:
-        line.renderer.gate.clear()
+        line.core.gate.clear()
         a, b = await line.enqueue("a", "b")
         assert not b.job.progress.HasField("eta")
         for work in ("condition", "step", "decode"):
             line.costs.observe(work, 1, 0.001)
         (c,) = await line.enqueue("c")
         assert 0 < b.job.progress.eta.ToNanoseconds() < c.job.progress.eta.ToNanoseconds()
-        line.renderer.gate.set()
+        line.core.gate.set()
         await ended(a, b, c)
 
     with_line(tmp_path, scenario)
@@ -240,7 +187,7 @@ def test_a_failing_job_says_why_and_the_next_one_is_served(
     tmp_path: Path, error: Exception, code: grpc.StatusCode
 ) -> None:
     async def scenario(line: Line) -> None:
-        line.renderer.fates["bad"] = [error]
+        line.core.fates["bad"] = [error]
         bad, good = await line.enqueue("bad", "good")
         await ended(bad, good)
         assert (bad.job.state, bad.job.error.code) == (FAILED, code.value[0])
@@ -252,11 +199,11 @@ def test_a_failing_job_says_why_and_the_next_one_is_served(
 
 def test_a_cancelled_running_job_ends_and_the_next_one_is_served(tmp_path: Path) -> None:
     async def scenario(line: Line) -> None:
-        line.renderer.gate.clear()
+        line.core.gate.clear()
         running, following = await line.enqueue("running", "following")
-        await until(lambda: running.job.state == PATH_TO_SUCCESS[1])
+        await until(lambda: running.job.state == pb.JOB_STATE_DENOISING)
         await line.front.jobs.cancel("running")
-        line.renderer.gate.set()
+        line.core.gate.set()
         await ended(running, following)
         assert (running.job.state, following.job.state) == (CANCELLED, SUCCEEDED)
 
@@ -265,25 +212,206 @@ def test_a_cancelled_running_job_ends_and_the_next_one_is_served(tmp_path: Path)
 
 def test_a_job_whose_core_died_is_tried_once_more_before_the_others(tmp_path: Path) -> None:
     async def scenario(line: Line) -> None:
-        line.renderer.fates["a"] = [CoreDied("exit code -9")]
+        line.core.fates["a"] = [CoreDied("exit code -9")]
         a, b = await line.enqueue("a", "b")
         await ended(a, b)
-        assert line.renderer.rendered == ["a", "a", "b"]
-        assert (a.job.state, a.attempts, line.core.restarts) == (SUCCEEDED, 2, 1)
+        assert line.core.begun == ["a", "a", "b"]
+        assert (a.job.state, a.attempts, line.core.restarts) == (SUCCEEDED, 0, 1)
         assert line.core_states == [False, True]
 
     with_line(tmp_path, scenario)
 
 
-def test_a_job_that_kills_the_core_twice_fails(tmp_path: Path) -> None:
+def test_a_job_that_keeps_killing_the_core_fails_and_is_not_taken_again(tmp_path: Path) -> None:
     async def scenario(line: Line) -> None:
-        line.renderer.fates["a"] = [CoreDied("exit code -9"), CoreDied("exit code -11")]
+        line.core.fates["a"] = [CoreDied("exit code -9"), CoreDied("exit code -9"), CoreDied("exit code -11")]
         a, b = await line.enqueue("a", "b")
         await ended(a, b)
         assert (a.job.state, a.job.error.code) == (FAILED, grpc.StatusCode.UNAVAILABLE.value[0])
-        assert "exit code -11; the job was tried 2 times" in a.job.error.message
+        assert "exit code -11; the job was tried 3 times" in a.job.error.message
         assert b.job.state == SUCCEEDED
-        assert line.core.restarts == 2
+        assert line.core.restarts == 3
+        line.scheduler.admit(b.request_hash)
+        with pytest.raises(RequestError, match=r"killed the engine core again and again \(job a\)") as refused:
+            line.scheduler.admit(a.request_hash)
+        assert refused.value.code is grpc.StatusCode.FAILED_PRECONDITION
+
+    with_line(tmp_path, scenario)
+
+
+def test_a_job_that_gets_on_between_two_deaths_is_not_given_up(tmp_path: Path) -> None:
+    async def scenario(line: Line) -> None:
+        died = CoreDied("exit code -9")
+        line.core.fates["a"] = [None, None, died, None, None, died, None, None, died, None, None, died]
+        (a,) = await line.enqueue("a", clip=clip_pb2.ClipSpec(steps=9))
+        await ended(a)
+        assert (a.job.state, line.core.restarts) == (SUCCEEDED, 4)
+        assert set(line.core.steps.values()) == {1}
+
+    with_line(tmp_path, scenario)
+
+
+def test_a_resumed_job_repeats_no_more_steps_than_a_checkpoint_is_old(tmp_path: Path) -> None:
+    async def scenario(line: Line) -> None:
+        line.core.fates["a"] = [None] * 5 + [CoreDied("exit code -9")]
+        (a,) = await line.enqueue("a", clip=clip_pb2.ClipSpec(steps=8))
+        await ended(a)
+        assert a.job.state == SUCCEEDED
+        # Saved after every second step, the last time after the fourth.
+        assert [line.core.steps["a", step] for step in range(1, 9)] == [1, 1, 1, 1, 2, 1, 1, 1]
+        assert line.front.registry.get_sample_value("cinecat_resumes_total") == 1
+        assert not line.front.checkpoints.path("a").exists()
+
+    with_line(tmp_path, scenario)
+
+
+def test_a_poisonous_job_takes_its_mates_down_once(tmp_path: Path) -> None:
+    async def scenario(line: Line) -> None:
+        line.core.row_share = 0.0
+        for _ in range(5):
+            line.costs.observe_step(StepShape("torch", 32), 1, STEP_S)
+        line.core.fates["poison"] = [CoreDied("exit code -9")] * 9
+        line.core.gate.clear()
+        jobs = await line.enqueue("a", "poison", "b", clip=clip_pb2.ClipSpec(steps=6))
+        line.core.gate.set()
+        await ended(*jobs)
+        assert [live.job.state for live in jobs] == [SUCCEEDED, FAILED, SUCCEEDED]
+        shared = [ids for ids in line.core.stepped if "poison" in ids and len(ids) > 1]
+        assert len(shared) == 1
+        # One death together, then three alone.
+        assert line.core.restarts == 4
+
+    with_line(tmp_path, scenario)
+
+
+def test_jobs_share_steps_where_that_is_quicker(tmp_path: Path) -> None:
+    async def scenario(line: Line) -> None:
+        line.core.row_share = 0.2
+        jobs = await line.enqueue("a", "b", "c", clip=clip_pb2.ClipSpec(steps=30))
+        await ended(*jobs)
+        assert {live.job.state for live in jobs} == {SUCCEEDED}
+        assert max(map(len, line.core.stepped)) == 3
+        assert set(line.core.steps.values()) == {1}
+
+    with_line(tmp_path, scenario)
+
+
+def test_jobs_do_not_share_steps_where_that_is_no_quicker(tmp_path: Path) -> None:
+    async def scenario(line: Line) -> None:
+        jobs = await line.enqueue("a", "b", clip=clip_pb2.ClipSpec(steps=30))
+        await ended(*jobs)
+        # It was tried until it could be judged by.
+        assert 0 < sum(len(ids) == 2 for ids in line.core.stepped) <= 4
+
+    with_line(tmp_path, scenario)
+
+
+def test_a_failure_of_one_in_a_shared_step_is_its_own(tmp_path: Path) -> None:
+    async def scenario(line: Line) -> None:
+        line.core.row_share = 0.0
+        line.core.fates["bad"] = [None] * 8 + [Failure("request", "step 9 gave NaN or infinity")]
+        jobs = await line.enqueue("good", "bad", clip=clip_pb2.ClipSpec(steps=30))
+        await ended(*jobs)
+        good, bad = jobs
+        assert (good.job.state, bad.job.state) == (SUCCEEDED, FAILED)
+        assert bad.job.error.message == "step 9 gave NaN or infinity"
+        assert set(line.core.steps.values()) == {1}
+
+    with_line(tmp_path, scenario)
+
+
+def test_what_fails_together_goes_on_alone(tmp_path: Path) -> None:
+    async def scenario(line: Line) -> None:
+        line.core.row_share = 0.0
+        line.core.fates["big"] = [None] * 8 + [OutOfMemory("out of memory")]
+        jobs = await line.enqueue("big", "other", clip=clip_pb2.ClipSpec(steps=30))
+        await ended(*jobs)
+        assert {live.job.state for live in jobs} == {SUCCEEDED}
+        assert set(line.core.steps.values()) == {1}
+        widths = [len(ids) for ids in line.core.stepped]
+        assert max(widths) == 2
+        assert widths[-1] == 1
+
+    with_line(tmp_path, scenario)
+
+
+def test_a_preview_overtakes_a_running_render(tmp_path: Path) -> None:
+    async def scenario(line: Line) -> None:
+        (render,) = await line.enqueue("render", clip=clip_pb2.ClipSpec(steps=50), priority=pb.PRIORITY_BATCH)
+        await until(lambda: render.job.progress.step >= 3)
+        (preview,) = await line.enqueue("preview")
+        await ended(preview)
+        assert render.job.state == pb.JOB_STATE_DENOISING
+        await ended(render)
+        assert line.core.begun == ["render", "preview"]
+        assert set(line.core.steps.values()) == {1}
+
+    with_line(tmp_path, scenario)
+
+
+def test_a_render_is_sent_out_where_there_is_no_room_and_goes_on_from_where_it_was(tmp_path: Path) -> None:
+    async def scenario(line: Line) -> None:
+        line.core.state_bytes = 10
+        (render,) = await line.enqueue("render", clip=clip_pb2.ClipSpec(steps=50), priority=pb.PRIORITY_BATCH)
+        await until(lambda: render.job.progress.step >= 3)
+        (preview,) = await line.enqueue("preview")
+        await until(lambda: render.job.state == QUEUED)
+        assert "a more urgent clip needs the room" in render.job.progress.wait_reason
+        await ended(preview, render)
+        assert {preview.job.state, render.job.state} == {SUCCEEDED}
+        assert line.core.begun == ["render", "preview", "render"]
+        assert set(line.core.steps.values()) == {1}
+        assert line.front.registry.get_sample_value("cinecat_preemptions_total") == 1
+
+    with_line(tmp_path, scenario, state_bytes=15)
+
+
+def test_tenants_take_turns(tmp_path: Path) -> None:
+    async def scenario(line: Line) -> None:
+        line.core.gate.clear()
+        many = [await line.add(new_job(f"many-{number}"), "a") for number in range(4)]
+        one = await line.add(new_job("one"), "b")
+        line.core.gate.set()
+        await ended(one, *many)
+        assert line.core.begun.index("one") <= 2
+
+    with_line(tmp_path, scenario)
+
+
+def test_watchers_see_estimates_at_the_rate_asked_for_and_every_frame_once(tmp_path: Path) -> None:
+    async def scenario(line: Line) -> None:
+        clip = clip_pb2.ClipSpec(steps=6, frames=9)
+        line.core.gate.clear()
+        (live,) = await line.enqueue("a", clip=clip, previews=pb.Previews(every_steps=2, frames=True))
+        events: list[pb.JobEvent] = []
+
+        async def watch() -> None:
+            events.extend([event async for event in line.front.jobs.watch("a", 0)])
+
+        watching = asyncio.create_task(watch())
+        line.core.gate.set()
+        await watching
+        estimates = [event.preview.step for event in events if event.preview.step]
+        assert set(estimates) <= {2, 4, 6}
+        assert estimates == sorted(set(estimates))
+        shown = [frame.index for event in events if not event.preview.step for frame in event.preview.frames]
+        assert shown == list(range(9))
+        sequences = [event.sequence for event in events]
+        assert sequences == sorted(set(sequences))
+        assert live.job.state == SUCCEEDED
+
+    with_line(tmp_path, scenario)
+
+
+def test_frames_are_not_shown_again_after_the_core_died_while_decoding(tmp_path: Path) -> None:
+    async def scenario(line: Line) -> None:
+        line.core.decode_fates["a"] = [None, CoreDied("exit code -9")]
+        clip = clip_pb2.ClipSpec(steps=4, frames=9)
+        (live,) = await line.enqueue("a", clip=clip, previews=pb.Previews(frames=True))
+        await ended(live)
+        shown = [frame.index for event in live.frames for frame in event.preview.frames]
+        assert shown == list(range(9))
+        assert set(line.core.steps.values()) == {1}
 
     with_line(tmp_path, scenario)
 
@@ -303,7 +431,7 @@ def test_a_core_that_does_not_start_is_tried_again(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(scheduler_module, "_PAUSES_S", (0.0, 0.001))
 
     async def scenario(line: Line) -> None:
-        line.renderer.fates["a"] = [CoreDied("exit code -9")]
+        line.core.fates["a"] = [CoreDied("exit code -9")]
         (live,) = await line.enqueue("a")
         await ended(live)
         assert (live.job.state, line.core.restarts) == (SUCCEEDED, 4)
@@ -317,7 +445,7 @@ def test_a_shutdown_does_not_wait_for_the_next_try_to_start_a_core(
     monkeypatch.setattr(scheduler_module, "_PAUSES_S", (0.0, NEVER_S))
 
     async def scenario(line: Line) -> None:
-        line.renderer.fates["a"] = [CoreDied("exit code -9")]
+        line.core.fates["a"] = [CoreDied("exit code -9")]
         (live,) = await line.enqueue("a")
         await until(lambda: line.core.restarts == 1)
         await line.drain()
@@ -328,14 +456,14 @@ def test_a_shutdown_does_not_wait_for_the_next_try_to_start_a_core(
 
 def test_a_drain_lets_the_running_job_end_and_keeps_the_waiting_ones(tmp_path: Path) -> None:
     async def scenario(line: Line) -> None:
-        line.renderer.gate.clear()
+        line.core.gate.clear()
         running, waiting = await line.enqueue("running", "waiting")
-        await until(lambda: running.job.state == PATH_TO_SUCCESS[1])
+        await until(lambda: running.job.state == pb.JOB_STATE_DENOISING)
         draining = asyncio.create_task(line.drain())
         await asyncio.sleep(0)
         with pytest.raises(ShuttingDown):
             line.scheduler.admit()
-        line.renderer.gate.set()
+        line.core.gate.set()
         await draining
         assert (running.job.state, waiting.job.state) == (SUCCEEDED, QUEUED)
         assert not line.core.killed.is_set()
@@ -346,9 +474,9 @@ def test_a_drain_lets_the_running_job_end_and_keeps_the_waiting_ones(tmp_path: P
 @pytest.mark.parametrize("seconds", [0.01, NEVER_S])
 def test_a_drain_that_takes_too_long_puts_the_running_job_back(tmp_path: Path, seconds: float) -> None:
     async def scenario(line: Line) -> None:
-        line.renderer.gate.clear()
+        line.core.gate.clear()
         (running,) = await line.enqueue("running")
-        await until(lambda: running.job.state == PATH_TO_SUCCESS[1])
+        await until(lambda: running.job.state == pb.JOB_STATE_DENOISING)
         hurry = asyncio.Event()
         draining = asyncio.create_task(line.drain(seconds, hurry))
         if seconds == NEVER_S:
@@ -363,9 +491,9 @@ def test_a_drain_that_takes_too_long_puts_the_running_job_back(tmp_path: Path, s
 
 def test_a_job_that_was_cancelled_is_not_put_back_by_a_drain(tmp_path: Path) -> None:
     async def scenario(line: Line) -> None:
-        line.renderer.gate.clear()
+        line.core.gate.clear()
         (running,) = await line.enqueue("running")
-        await until(lambda: running.job.state == PATH_TO_SUCCESS[1])
+        await until(lambda: running.job.state == pb.JOB_STATE_DENOISING)
         await line.front.jobs.cancel("running")
         await line.drain(0.0)
         assert running.job.state == CANCELLED
@@ -383,14 +511,14 @@ def test_a_database_that_fails_for_a_while_only_delays_what_must_be_stored(
     monkeypatch.setattr(scheduler_module, "_PAUSES_S", (0.0, 0.001))
 
     async def scenario(line: Line) -> None:
-        line.renderer.gate.clear()
-        line.renderer.fates["unlucky"] = [fate]
+        line.core.gate.clear()
+        line.core.fates["unlucky"] = [fate]
         unlucky, _ = await line.enqueue("unlucky", "following")
         following = line.front.jobs.live("following")
         assert following is not None
-        await until(lambda: unlucky.transitions[-1].job.state == PATH_TO_SUCCESS[1])
+        await until(lambda: unlucky.transitions[-1].job.state == pb.JOB_STATE_DENOISING)
         line.front.store.hold()
-        line.renderer.gate.set()
+        line.core.gate.set()
         await line.front.reached()
         line.front.store.broken_once = True
         line.front.store.open.set()
@@ -409,19 +537,18 @@ def test_a_job_without_a_slot_waits_and_says_why_until_a_clip_leaves_the_core(
     monkeypatch.setattr(scheduler_module, "_SLOT_RETRY_S", NEVER_S)
 
     async def scenario(line: Line) -> None:
-        line.renderer.fates["a"] = [NoFreeSlot(NO_SLOT)]
-        line.renderer.gate.clear()
+        line.core.fates["a"] = [NoFreeSlot(NO_SLOT)]
+        line.core.gate.clear()
         (a,) = await line.enqueue("a", style="noir")
         (plain,) = await line.enqueue("plain")
-        line.renderer.gate.set()
+        line.core.gate.set()
         await until(lambda: a.job.progress.wait_reason == NO_SLOT)
         assert (a.job.state, a.attempts) == (QUEUED, 0)
         await ended(a, plain)
-        assert line.renderer.rendered == ["a", "plain", "a"]
+        assert line.core.begun == ["a", "plain", "a"]
         assert {a.job.state, plain.job.state} == {SUCCEEDED}
         waited = [event.job for event in a.transitions if event.job.progress.wait_reason]
         assert [(job.state, job.progress.wait_reason) for job in waited] == [(QUEUED, NO_SLOT)]
-        assert a.attempts == 1
 
     with_line(tmp_path, scenario)
 
@@ -432,10 +559,10 @@ def test_a_job_that_waits_for_a_slot_is_not_overtaken_by_one_that_needs_a_slot_t
     monkeypatch.setattr(scheduler_module, "_SLOT_RETRY_S", 0.001)
 
     async def scenario(line: Line) -> None:
-        line.renderer.fates["first"] = [NoFreeSlot(NO_SLOT)] * 3
+        line.core.fates["first"] = [NoFreeSlot(NO_SLOT)] * 3
         styled = await line.enqueue("first", "second", style="noir")
         await ended(*styled)
-        assert line.renderer.rendered == ["first"] * 4 + ["second"]
+        assert line.core.begun == ["first"] * 4 + ["second"]
         assert {live.job.state for live in styled} == {SUCCEEDED}
 
     with_line(tmp_path, scenario)
@@ -445,15 +572,14 @@ def test_a_job_at_strength_zero_needs_no_slot(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(scheduler_module, "_SLOT_RETRY_S", NEVER_S)
 
     async def scenario(line: Line) -> None:
-        line.renderer.fates["first"] = [NoFreeSlot(NO_SLOT)]
+        line.core.fates["first"] = [NoFreeSlot(NO_SLOT)]
         (first,) = await line.enqueue("first", style="noir")
         await until(lambda: first.job.progress.wait_reason == NO_SLOT)
         job = new_job("off")
         job.clip.styles.add(name="noir", strength=0.0)
-        off = await line.front.accept(job)
-        line.scheduler.enqueue(off)
+        off = await line.add(job)
         await ended(first, off)
-        assert line.renderer.rendered == ["first", "off", "first"]
+        assert line.core.begun == ["first", "off", "first"]
 
     with_line(tmp_path, scenario)
 
@@ -462,26 +588,26 @@ def test_a_job_that_waits_for_a_slot_can_be_cancelled(tmp_path: Path, monkeypatc
     monkeypatch.setattr(scheduler_module, "_SLOT_RETRY_S", NEVER_S)
 
     async def scenario(line: Line) -> None:
-        line.renderer.fates["a"] = [NoFreeSlot(NO_SLOT)]
+        line.core.fates["a"] = [NoFreeSlot(NO_SLOT)]
         (a,) = await line.enqueue("a", style="noir")
         await until(lambda: a.job.progress.wait_reason == NO_SLOT)
         await line.front.jobs.cancel("a")
         await ended(a)
         assert a.job.state == CANCELLED
         await ended(*await line.enqueue("b"))
-        assert line.renderer.rendered == ["a", "b"]
+        assert line.core.begun == ["a", "b"]
 
     with_line(tmp_path, scenario)
 
 
 def test_a_job_that_is_cancelled_while_it_finds_no_slot_ends(tmp_path: Path) -> None:
     async def scenario(line: Line) -> None:
-        line.renderer.gate.clear()
-        line.renderer.fates["a"] = [NoFreeSlot(NO_SLOT)]
+        line.core.gate.clear()
+        line.core.fates["a"] = [NoFreeSlot(NO_SLOT)]
         (a,) = await line.enqueue("a", style="noir")
-        await until(lambda: a.job.state == PATH_TO_SUCCESS[1])
+        await until(lambda: a.job.state == pb.JOB_STATE_DENOISING)
         a.stop_requested = True
-        line.renderer.gate.set()
+        line.core.gate.set()
         await ended(a)
         assert a.job.state == CANCELLED
 
