@@ -192,7 +192,7 @@ def test_a_restart_queues_what_was_running_from_its_beginning_oldest_first(tmp_p
             oldest, waiting = await f.jobs.restore()
             assert (oldest.job_id, oldest.job.state, oldest.attempts) == ("oldest", QUEUED, 1)
             assert (oldest.job.progress.step, oldest.job.progress.frames_decoded) == (0, 0)
-            assert not oldest.job.HasField("start_time")
+            assert oldest.job.start_time.ToMicroseconds() >= oldest.job.create_time.ToMicroseconds()
             assert (waiting.job_id, waiting.job.state) == ("waiting", QUEUED)
 
     asyncio.run(before())
@@ -415,7 +415,7 @@ def test_a_request_id_makes_one_job(tmp_path: Path) -> None:
             (live,) = [live for live, _ in both if live is not None]
             (existing,) = [stored for _, stored in both if stored is not None]
             assert existing.job.job_id == existing.request_hash == live.job_id
-            assert await f.jobs.by_request_id("r") == existing
+            assert await f.jobs.by_request_id("", "r") == existing
             assert [path.stem for path in (tmp_path / "inputs").iterdir()] == [live.job_id]
 
     asyncio.run(scenario())

@@ -53,13 +53,13 @@ def all_pages(store: JobStore, size: int, states: list[int]) -> list[list[str]]:
 def test_a_job_comes_back_as_it_was_inserted(store: JobStore) -> None:
     job = job_of("a", request_id="r")
     assert insert(store, job) is None
-    assert store.get("a") == store.by_request_id("r") == StoredJob(job, "hash", 0)
+    assert store.get("a") == store.by_request_id("", "r") == StoredJob(job, "hash", 0)
     assert store.events("a") == [pb.JobEvent(sequence=1, job=job)]
 
 
 def test_what_was_never_inserted_is_not_there(store: JobStore) -> None:
     assert store.get("a") is None
-    assert store.by_request_id("") is None
+    assert store.by_request_id("", "") is None
     assert store.events("a") == []
 
 
