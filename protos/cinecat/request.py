@@ -8,7 +8,7 @@ import operator
 import re
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal, Required, TypedDict, TypeVar, Unpack
+from typing import Literal, Required, TypedDict, TypeVar, Unpack, cast
 
 from cinecat import image, styles
 from cinecat.clip import FORMATS
@@ -80,12 +80,13 @@ def build_request(kind: type[_Asked], **arguments: Unpack[RequestArguments]) -> 
     """A request for a new job, under an id of its own; raises as `build_clip` does."""
     violations: list[FieldViolation] = []
     request = kind(request_id=str(uuid.uuid4()))
-    priority = arguments.pop("priority", None)
-    request.priority = _choice("priority", priority, _PRIORITIES, violations) or job_pb2.PRIORITY_UNSPECIFIED
-    if (previews := arguments.pop("previews", None)) is not None:
+    chosen = _choice("priority", arguments.get("priority"), _PRIORITIES, violations)
+    request.priority = chosen or job_pb2.PRIORITY_UNSPECIFIED
+    if (previews := arguments.get("previews")) is not None:
         request.previews.CopyFrom(_previews(previews, violations))
+    clip = {name: value for name, value in arguments.items() if name not in ("priority", "previews")}
     try:
-        request.clip.CopyFrom(build_clip(**arguments))  # type: ignore[arg-type]
+        request.clip.CopyFrom(build_clip(**cast(ClipArguments, clip)))
     except InvalidRequest as error:
         raise refuse([*error.violations, *violations]) from None
     if violations:
