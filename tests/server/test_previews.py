@@ -68,7 +68,7 @@ def test_no_side_is_longer_than_allowed(height: int, width: int, expected: tuple
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 def test_floating_point_frames_look_like_their_bytes(cat: NDArray[np.uint8], dtype: type) -> None:
     floats = opened(decoded(0, (cat / 255.0).astype(dtype)[None]).frames[0])
-    assert psnr(floats, opened(decoded(0, cat[None]).frames[0])) >= 45.0
+    np.testing.assert_allclose(floats, opened(decoded(0, cat[None]).frames[0]), atol=2)
 
 
 def test_floating_point_frames_out_of_range_are_clamped() -> None:
