@@ -37,6 +37,8 @@ class SimulatedJob:
     state_bytes: int = 1
     wears_style: bool = False
     phase: Phase = Phase.WAITING
+    work: float = field(init=False)
+    shape: StepShape = field(init=False)
     steps_left: int = field(init=False)
     chunks_left: int = field(init=False)
     since_begin: int = 0
@@ -46,14 +48,8 @@ class SimulatedJob:
 
     def __post_init__(self) -> None:
         self.steps_left, self.chunks_left = self.steps, self.chunks
-
-    @property
-    def work(self) -> float:
-        return CONDITION_S + self.steps * self.step_seconds + self.chunks * CHUNK_S
-
-    @property
-    def shape(self) -> StepShape:
-        return StepShape("clock", round(self.step_seconds * 1000))
+        self.work = CONDITION_S + self.steps * self.step_seconds + self.chunks * CHUNK_S
+        self.shape = StepShape("clock", round(self.step_seconds * 1000))
 
     def task(self) -> Task:
         return Task(

@@ -198,8 +198,7 @@ def test_a_render_ends_however_many_previews_keep_coming(
     tenants: int, render_step: float, gap: float, state_bytes: int, slots: int
 ) -> None:
     """Previews take more time than there is; a batch job still has its tenth, and its tenant an equal part of that."""
-    render = SimulatedJob("render", 1.0, interactive=False, tenant="r", step_seconds=render_step, wears_style=True)
-    render = replace(render, steps=6)
+    render = SimulatedJob("render", 1.0, False, "r", steps=6, step_seconds=render_step, wears_style=True)
     flood = [
         SimulatedJob(f"{number}", number * gap, tenant=f"{number % tenants}", wears_style=True)
         for number in range(int(60 / gap))
@@ -208,9 +207,8 @@ def test_a_render_ends_however_many_previews_keep_coming(
     simulation.run(until=60.0)
     assert render.ended is not None
     # Ten times its work, and for each time that it was sent out, taking it in once more.
-    assert (
-        render.ended - render.arrival <= (render.work + render.evictions * (CONDITION_S + CHUNK_S)) / BATCH_SHARE + 10
-    )
+    work = render.work + render.evictions * (CONDITION_S + CHUNK_S)
+    assert render.ended - render.arrival <= work / BATCH_SHARE + 10
 
 
 @settings(max_examples=60, deadline=None)
