@@ -17,7 +17,7 @@ from cinecat.engines.backends.store_folder import DEFAULT_MAX_GIB, default_engin
 ENVIRONMENT_PREFIX = "CINECAT_"
 
 # Read by the client and by the command line, so no settings of the server.
-_OTHER_VARIABLES = frozenset({"CINECAT_SERVER", "CINECAT_CONFIG"})
+_OTHER_VARIABLES = frozenset({"CINECAT_SERVER", "CINECAT_TENANT", "CINECAT_CONFIG"})
 
 # Set by Kubernetes in every pod beside a Service named cinecat.
 _SERVICE_LINKS = re.compile(r"CINECAT_(PORT|SERVICE)(_.*)?")

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         ServerUnavailable,
     )
     from cinecat.events import Event, Finished, Progress
+    from cinecat.previews import Preview, PreviewFrame, Previews
     from cinecat.states import JobState
     from cinecat.styles import Style
 
@@ -48,6 +49,9 @@ _MODULE_OF = {
     "JobFailed": "errors",
     "JobState": "states",
     "NotFound": "errors",
+    "Preview": "previews",
+    "PreviewFrame": "previews",
+    "Previews": "previews",
     "Progress": "events",
     "RequestTooLarge": "errors",
     "ServerUnavailable": "errors",
@@ -70,6 +74,9 @@ __all__ = [
     "JobFailed",
     "JobState",
     "NotFound",
+    "Preview",
+    "PreviewFrame",
+    "Previews",
     "Progress",
     "RequestTooLarge",
     "ServerUnavailable",

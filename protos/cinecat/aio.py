@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterable, Iterator
 from contextlib import aclosing
 from dataclasses import replace
@@ -26,9 +25,10 @@ from cinecat.catalog import (
 from cinecat.clip import Clip, Job, job_from_proto
 from cinecat.errors import CinecatError, JobCancelled, from_rpc
 from cinecat.events import Finished, Progress, event_from_proto
-from cinecat.request import ClipArguments, build_clip, list_request
+from cinecat.request import RequestArguments, build_request, list_request
 from cinecat.retry import CHANNEL_OPTIONS, DEFAULT_ADDRESS
 from cinecat.states import JobState
+from cinecat.tenant import Metadata, tenant_metadata
 from cinecat.transfer import Transfer, check_output, select_artifact
 from cinecat.upload import OnProgress, StyleArguments, StyleUpload
 from cinecat.v1 import generation_pb2, job_pb2, models_pb2, styles_pb2
@@ -53,7 +53,7 @@ _Response = TypeVar("_Response", covariant=True)
 
 
 class _Unary(Protocol[_Request, _Response]):
-    def __call__(self, request: _Request, *, timeout: float) -> Awaitable[_Response]: ...
+    def __call__(self, request: _Request, *, timeout: float, metadata: Metadata) -> Awaitable[_Response]: ...
 
 
 class AsyncClient:
@@ -70,7 +70,9 @@ class AsyncClient:
         timeout_s: float = 30.0,
         patience_s: float = 60.0,
         channel: grpc.aio.Channel | None = None,
+        tenant: str | None = None,
     ) -> None:
+        self._metadata = tenant_metadata(tenant)
         self._address = address
         self._timeout_s = timeout_s
         self._patience_s = patience_s
@@ -91,16 +93,15 @@ class AsyncClient:
             await self._owned.close(grace=None)
 
     def generate(
-        self, *, output: str | os.PathLike[str] | None = None, **clip: Unpack[ClipArguments]
+        self, *, output: str | os.PathLike[str] | None = None, **request: Unpack[RequestArguments]
     ) -> "AsyncGeneration":
         """Makes a clip, as `Client.generate` does; the request is checked when the AsyncGeneration is iterated."""
-        return AsyncGeneration(self, output, clip)
+        return AsyncGeneration(self, output, request)
 
-    async def submit(self, **clip: Unpack[ClipArguments]) -> Job:
+    async def submit(self, **request: Unpack[RequestArguments]) -> Job:
         """Hands a clip to the server, which makes it whether anyone watches or not."""
-        spec = await asyncio.to_thread(lambda: build_clip(**clip))
-        request = generation_pb2.SubmitRequest(clip=spec, request_id=str(uuid.uuid4()))
-        return job_from_proto(await self._call(self._generation.Submit, request))
+        message = await asyncio.to_thread(lambda: build_request(generation_pb2.SubmitRequest, **request))
+        return job_from_proto(await self._call(self._generation.Submit, message))
 
     async def watch(self, job_id: str, after_sequence: int = 0) -> AsyncIterator[Progress | Finished]:
         """The events of a job, as `Client.watch` gives them."""
@@ -164,7 +165,8 @@ class AsyncClient:
         timeout = self._timeout_s + upload.timeout_s
         while True:
             try:
-                answer = await self._styles.InstallStyle(_in_thread(upload.messages(on_progress)), timeout=timeout)
+                parts = _in_thread(upload.messages(on_progress))
+                answer = await self._styles.InstallStyle(parts, timeout=timeout, metadata=self._metadata)
             except (grpc.RpcError, asyncio.CancelledError) as error:
                 delay = upload.delay_after(error)
             else:
@@ -208,7 +210,7 @@ class AsyncClient:
 
     async def _call(self, method: _Unary[_Request, _Response], request: _Request, *, job_id: str = "") -> _Response:
         try:
-            return await method(request, timeout=self._timeout_s)
+            return await method(request, timeout=self._timeout_s, metadata=self._metadata)
         except grpc.RpcError as error:
             raise from_rpc(error, job_id=job_id) from error
 
@@ -234,14 +236,14 @@ class AsyncClient:
 
     def _open(self, request: generation_pb2.GenerateRequest | generation_pb2.WatchRequest) -> "_EventStream":
         if isinstance(request, generation_pb2.GenerateRequest):
-            return self._generation.Generate(request)
-        return self._generation.Watch(request)
+            return self._generation.Generate(request, metadata=self._metadata)
+        return self._generation.Watch(request, metadata=self._metadata)
 
     async def _fetch(self, job: job_pb2.Job, output: Path | None, artifact: str) -> bytes | Path:
         chosen = select_artifact(job, artifact)
         with Transfer(job.job_id, chosen, output, patience_s=self._patience_s) as transfer:
             while not transfer.complete:
-                stream = self._generation.Download(transfer.next_request())
+                stream = self._generation.Download(transfer.next_request(), metadata=self._metadata)
                 broken: grpc.RpcError | None = None
                 try:
                     async for chunk in stream:
@@ -258,10 +260,10 @@ class AsyncClient:
 class AsyncGeneration:
     """A clip in the making: iterate it for its events, or await `result`; `Generation` says what both raise."""
 
-    def __init__(self, client: AsyncClient, output: str | os.PathLike[str] | None, clip: ClipArguments) -> None:
+    def __init__(self, client: AsyncClient, output: str | os.PathLike[str] | None, arguments: RequestArguments) -> None:
         self._client = client
         self._output = output
-        self._arguments = clip
+        self._arguments = arguments
         self._attachment = Attachment(patience_s=client._patience_s)
         self._events = self._run()
         self._clip: Clip | None = None
@@ -303,10 +305,10 @@ class AsyncGeneration:
 
     async def _run(self) -> AsyncGenerator[Progress | Finished, None]:
         output = await asyncio.to_thread(check_output, self._output)
-        clip = await asyncio.to_thread(lambda: build_clip(**self._arguments))
+        request = await asyncio.to_thread(lambda: build_request(generation_pb2.GenerateRequest, **self._arguments))
         if self._attachment.cancel_wanted:
             raise JobCancelled("cancelled before it was sent")
-        self._attachment.generate = generation_pb2.GenerateRequest(clip=clip, request_id=str(uuid.uuid4()))
+        self._attachment.generate = request
         async with aclosing(self._client._follow(self._attachment)) as messages:
             async for message in messages:
                 if self._attachment.must_cancel():

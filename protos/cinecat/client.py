@@ -2,7 +2,6 @@
 
 import os
 import time
-import uuid
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -25,12 +24,13 @@ from cinecat.catalog import (
 from cinecat.clip import Clip, Job, job_from_proto
 from cinecat.errors import CinecatError, JobCancelled, from_rpc
 from cinecat.events import Finished, Progress, event_from_proto
-from cinecat.request import ClipArguments, build_clip, list_request
+from cinecat.request import RequestArguments, build_request, list_request
 from cinecat.retry import CHANNEL_OPTIONS, DEFAULT_ADDRESS
 from cinecat.states import JobState
+from cinecat.tenant import Metadata, tenant_metadata
 from cinecat.transfer import Transfer, check_output, select_artifact
 from cinecat.upload import OnProgress, StyleArguments, StyleUpload
-from cinecat.v1 import clip_pb2, generation_pb2, job_pb2, models_pb2, styles_pb2
+from cinecat.v1 import generation_pb2, job_pb2, models_pb2, styles_pb2
 from cinecat.v1.generation_pb2_grpc import GenerationStub
 from cinecat.v1.models_pb2_grpc import ModelsStub
 from cinecat.v1.styles_pb2_grpc import StylesStub
@@ -40,7 +40,7 @@ _Response = TypeVar("_Response", covariant=True)
 
 
 class _Unary(Protocol[_Request, _Response]):
-    def __call__(self, request: _Request, *, timeout: float) -> _Response: ...
+    def __call__(self, request: _Request, *, timeout: float, metadata: Metadata) -> _Response: ...
 
 
 class Client:
@@ -48,7 +48,9 @@ class Client:
 
     `timeout_s` bounds every call that answers once. A stream that breaks off is resumed for up to `patience_s` seconds
     after the last thing received. With `channel`, `address` is not used and the channel stays open; give it
-    `cinecat.retry.CHANNEL_OPTIONS` to have its unary calls repeated while the server is unavailable.
+    `cinecat.retry.CHANNEL_OPTIONS` to have its unary calls repeated while the server is unavailable. Every call is made
+    for `tenant`, 1 to 64 of A-Z, a-z, 0-9, ".", "_" and "-"; tenants get equal shares of the server. InvalidRequest for
+    another name.
 
     Methods raise CinecatError, and OSError when an output file cannot be written.
     """
@@ -60,7 +62,9 @@ class Client:
         timeout_s: float = 30.0,
         patience_s: float = 60.0,
         channel: grpc.Channel | None = None,
+        tenant: str | None = None,
     ) -> None:
+        self._metadata = tenant_metadata(tenant)
         self._owned = grpc.insecure_channel(address, options=CHANNEL_OPTIONS) if channel is None else None
         channel = channel or self._owned
         assert channel is not None
@@ -83,18 +87,20 @@ class Client:
         if self._owned is not None:
             self._owned.close()
 
-    def generate(self, *, output: str | os.PathLike[str] | None = None, **clip: Unpack[ClipArguments]) -> "Generation":
-        """Makes a clip; see `ClipArguments` for `clip`. Saves it at `output`, or leaves it in memory in `Clip.data`.
+    def generate(
+        self, *, output: str | os.PathLike[str] | None = None, **request: Unpack[RequestArguments]
+    ) -> "Generation":
+        """Makes a clip; see `RequestArguments` for `request`. Saves it at `output`, or keeps it in `Clip.data`.
 
         Checks the request now (InvalidRequest, RequestTooLarge); sends it once the Generation is iterated. The server
         cancels the job when nobody follows it; `submit` is for work that runs on its own.
         """
-        return Generation(self, build_clip(**clip), check_output(output))
+        return Generation(self, build_request(generation_pb2.GenerateRequest, **request), check_output(output))
 
-    def submit(self, **clip: Unpack[ClipArguments]) -> Job:
+    def submit(self, **request: Unpack[RequestArguments]) -> Job:
         """Hands a clip to the server, which makes it whether anyone watches or not."""
-        request = generation_pb2.SubmitRequest(clip=build_clip(**clip), request_id=str(uuid.uuid4()))
-        return job_from_proto(self._call(self._generation.Submit, request))
+        message = build_request(generation_pb2.SubmitRequest, **request)
+        return job_from_proto(self._call(self._generation.Submit, message))
 
     def watch(self, job_id: str, after_sequence: int = 0) -> Iterator[Progress | Finished]:
         """The events of a job after `after_sequence`, until it has ended; see `Generation` for what is raised. The clip
@@ -162,7 +168,9 @@ class Client:
         timeout = self._timeout_s + upload.timeout_s
         while True:
             try:
-                answer = self._styles.InstallStyle(upload.messages(on_progress), timeout=timeout)
+                answer = self._styles.InstallStyle(
+                    upload.messages(on_progress), timeout=timeout, metadata=self._metadata
+                )
             except grpc.RpcError as error:
                 delay = upload.delay_after(error)
             else:
@@ -187,7 +195,7 @@ class Client:
 
     def _call(self, method: _Unary[_Request, _Response], request: _Request, *, job_id: str = "") -> _Response:
         try:
-            return method(request, timeout=self._timeout_s)
+            return method(request, timeout=self._timeout_s, metadata=self._metadata)
         except grpc.RpcError as error:
             raise from_rpc(error, job_id=job_id) from error
 
@@ -198,9 +206,9 @@ class Client:
         while not attachment.has_ended():
             request = attachment.next_request()
             if isinstance(request, generation_pb2.GenerateRequest):
-                stream = self._generation.Generate(request)
+                stream = self._generation.Generate(request, metadata=self._metadata)
             else:
-                stream = self._generation.Watch(request)
+                stream = self._generation.Watch(request, metadata=self._metadata)
             broken: grpc.RpcError | None = None
             try:
                 for event in stream:
@@ -218,7 +226,7 @@ class Client:
         chosen = select_artifact(job, artifact)
         with Transfer(job.job_id, chosen, output, patience_s=self._patience_s) as transfer:
             while not transfer.complete:
-                stream = self._generation.Download(transfer.next_request())
+                stream = self._generation.Download(transfer.next_request(), metadata=self._metadata)
                 broken: grpc.RpcError | None = None
                 try:
                     for chunk in stream:
@@ -239,10 +247,9 @@ class Generation:
     JobCancelled, ServerUnavailable and the errors of the request; `result` raises the same again.
     """
 
-    def __init__(self, client: Client, clip: clip_pb2.ClipSpec, output: Path | None) -> None:
+    def __init__(self, client: Client, request: generation_pb2.GenerateRequest, output: Path | None) -> None:
         self._client = client
         self._output = output
-        request = generation_pb2.GenerateRequest(clip=clip, request_id=str(uuid.uuid4()))
         self._attachment = Attachment(patience_s=client._patience_s, generate=request)
         self._events = self._run()
         self._clip: Clip | None = None

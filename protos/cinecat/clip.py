@@ -11,6 +11,7 @@ from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from cinecat.errors import CinecatError, JobCancelled, JobFailed, status_of
+from cinecat.previews import Previews, previews_from_proto
 from cinecat.states import JobState
 from cinecat.styles import Style, display
 from cinecat.v1 import clip_pb2, job_pb2
@@ -98,7 +99,8 @@ class Clip(ClipSettings):
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """An accepted request. `clip` is set once it has succeeded, `error` once it has failed; times are in UTC.
-    `wait_reason` says why it waits when it is not for the jobs ahead of it.
+    `wait_reason` says why it waits when it is not for the jobs ahead of it. `priority` is "interactive" or "batch", ""
+    where the server does not say; `previews` are the pictures that its events carry.
     """
 
     job_id: str
@@ -115,6 +117,8 @@ class Job:
     end_time: datetime | None
     notes: tuple[str, ...]
     wait_reason: str = ""
+    priority: str = ""
+    previews: Previews = field(default_factory=Previews)
     clip: Clip | None = None
     error: CinecatError | None = None
 
@@ -137,6 +141,8 @@ def job_from_proto(job: job_pb2.Job) -> Job:
         end_time=moment(job, "end_time"),
         notes=tuple(job.notes),
         wait_reason=job.progress.wait_reason,
+        priority=enum_name(job_pb2.Priority.DESCRIPTOR, "PRIORITY_", job.priority) if job.priority else "",
+        previews=previews_from_proto(job.previews),
         clip=clip_from_proto(job) if state is JobState.SUCCEEDED else None,
         error=job_error(job) if failed else None,
     )

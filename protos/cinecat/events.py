@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from cinecat.clip import Clip, clip_from_proto, eta_seconds, job_error, moment
+from cinecat.previews import Preview, preview_from_proto
 from cinecat.states import JobState
 from cinecat.v1 import job_pb2
 
@@ -22,7 +23,9 @@ class Event:
 class Progress(Event):
     """The job is under way: denoising steps and decoded frames, done and in total; jobs ahead of it (0 once it runs);
     the seconds until the clip can be fetched, None while the server cannot tell; and why it waits when it is not for
-    the jobs ahead of it, else "".
+    the jobs ahead of it, else "". `preview` holds the pictures that are new, where the request asked for some: an
+    estimate may be skipped like any progress; each decoded frame comes, in order, and may come again after a restart of
+    the server.
     """
 
     step: int
@@ -32,6 +35,7 @@ class Progress(Event):
     queue_position: int
     eta_seconds: float | None
     wait_reason: str = ""
+    preview: Preview | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,4 +67,5 @@ def event_from_proto(message: job_pb2.JobEvent) -> Progress | Finished:
         queue_position=job.progress.queue_position,
         eta_seconds=eta_seconds(job.progress),
         wait_reason=job.progress.wait_reason,
+        preview=preview_from_proto(message),
     )

@@ -6,14 +6,16 @@ Nothing is sent and nothing is asked here; limits that depend on the server (siz
 import math
 import operator
 import re
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal, Required, TypedDict, TypeVar, Unpack
+from typing import Literal, Required, TypedDict, TypeVar, Unpack, cast
 
 from cinecat import image, styles
 from cinecat.clip import FORMATS
 from cinecat.errors import FieldViolation, RequestTooLarge, refuse
+from cinecat.previews import Previews
 from cinecat.states import JobState
-from cinecat.v1 import clip_pb2, generation_pb2
+from cinecat.v1 import clip_pb2, generation_pb2, job_pb2
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 # Room for the request id and the framing around the clip.
@@ -21,10 +23,12 @@ _ENVELOPE_BYTES = 4096
 _MAX_INT32 = 2**31 - 1
 _MAX_SEED = 2**63 - 1
 _T = TypeVar("_T")
+_Asked = TypeVar("_Asked", generation_pb2.GenerateRequest, generation_pb2.SubmitRequest)
 _SIZE = re.compile(r"(\d{1,9})\s*[xX×]\s*(\d{1,9})", re.ASCII)
 
 _FITS = {"crop": clip_pb2.FIT_CROP, "pad": clip_pb2.FIT_PAD, "stretch": clip_pb2.FIT_STRETCH}
 _MODES = {"uniform": clip_pb2.Tokenization.UNIFORM, "cat": clip_pb2.Tokenization.CAT}
+_PRIORITIES = {"interactive": job_pb2.PRIORITY_INTERACTIVE, "batch": job_pb2.PRIORITY_BATCH}
 
 
 class ClipArguments(TypedDict, total=False):
@@ -61,34 +65,37 @@ class ClipArguments(TypedDict, total=False):
     artifacts: Sequence[Literal["mp4", "frames_f32"]]
 
 
+class RequestArguments(ClipArguments, total=False):
+    """A clip, how soon it is wanted, and the pictures of it that its events carry.
+
+    `priority` is "interactive", for clips that somebody waits for, which take over from others between two steps, or
+    "batch". Left out or None, it is interactive for `generate` and batch for `submit`. `previews` is none by default.
+    """
+
+    priority: Literal["interactive", "batch"] | None
+    previews: Previews | None
+
+
+def build_request(kind: type[_Asked], **arguments: Unpack[RequestArguments]) -> _Asked:
+    """A request for a new job, under an id of its own; raises as `build_clip` does."""
+    violations: list[FieldViolation] = []
+    clip = {name: value for name, value in arguments.items() if name not in ("priority", "previews")}
+    request = kind(clip=_clip(cast(ClipArguments, clip), violations), request_id=str(uuid.uuid4()))
+    chosen = _choice("priority", arguments.get("priority"), _PRIORITIES, violations)
+    request.priority = chosen or job_pb2.PRIORITY_UNSPECIFIED
+    if (previews := arguments.get("previews")) is not None:
+        request.previews.CopyFrom(_previews(previews, violations))
+    _refuse_any(violations, request.clip)
+    return request
+
+
 def build_clip(**arguments: Unpack[ClipArguments]) -> clip_pb2.ClipSpec:
     """The ClipSpec for `arguments`. Raises InvalidRequest naming every field that is wrong, RequestTooLarge when the
     whole would not fit into one message, and TypeError for an argument that does not exist.
     """
-    unknown = sorted(set(arguments) - set(ClipArguments.__annotations__))
-    missing = sorted(ClipArguments.__required_keys__ - set(arguments))
-    if unknown or missing:
-        raise TypeError(f"unknown arguments: {unknown}" if unknown else f"missing arguments: {missing}")
     violations: list[FieldViolation] = []
-    clip = clip_pb2.ClipSpec(
-        image=image.read(arguments["image"], violations),
-        styles=styles.to_protos(arguments.get("style"), violations),
-    )
-    _set_texts(clip, arguments, violations)
-    _set_size(clip, arguments, violations)
-    _set_numbers(clip, arguments, violations)
-    _set_tokenization(clip, arguments, violations)
-    clip.fit = _choice("clip.fit", arguments.get("fit"), _FITS, violations) or clip_pb2.FIT_UNSPECIFIED
-    for index, name in enumerate(arguments.get("artifacts", ())):
-        chosen = _choice(f"clip.artifact_formats[{index}]", name, FORMATS, violations)
-        clip.artifact_formats.append(chosen or clip_pb2.ARTIFACT_FORMAT_UNSPECIFIED)
-    if violations:
-        raise refuse(violations)
-    if clip.ByteSize() + _ENVELOPE_BYTES > MAX_MESSAGE_BYTES:
-        raise RequestTooLarge(
-            f"the request has {clip.ByteSize()} bytes; allowed: {MAX_MESSAGE_BYTES - _ENVELOPE_BYTES}. "
-            "Shorten the prompt or scale the image down"
-        )
+    clip = _clip(arguments, violations)
+    _refuse_any(violations, clip)
     return clip
 
 
@@ -101,6 +108,36 @@ def list_request(states: Iterable[JobState | str]) -> generation_pb2.ListJobsReq
             raise refuse([FieldViolation(f"states[{index}]", f"{state!r} is unknown; allowed: {', '.join(known)}")])
         request.states.append(JobState(state).to_proto())
     return request
+
+
+def _clip(arguments: ClipArguments, violations: list[FieldViolation]) -> clip_pb2.ClipSpec:
+    unknown = sorted(set(arguments) - set(ClipArguments.__annotations__))
+    missing = sorted(ClipArguments.__required_keys__ - set(arguments))
+    if unknown or missing:
+        raise TypeError(f"unknown arguments: {unknown}" if unknown else f"missing arguments: {missing}")
+    clip = clip_pb2.ClipSpec(
+        image=image.read(arguments["image"], violations),
+        styles=styles.to_protos(arguments.get("style"), violations),
+    )
+    _set_texts(clip, arguments, violations)
+    _set_size(clip, arguments, violations)
+    _set_numbers(clip, arguments, violations)
+    _set_tokenization(clip, arguments, violations)
+    clip.fit = _choice("clip.fit", arguments.get("fit"), _FITS, violations) or clip_pb2.FIT_UNSPECIFIED
+    for index, name in enumerate(arguments.get("artifacts", ())):
+        chosen = _choice(f"clip.artifact_formats[{index}]", name, FORMATS, violations)
+        clip.artifact_formats.append(chosen or clip_pb2.ARTIFACT_FORMAT_UNSPECIFIED)
+    return clip
+
+
+def _refuse_any(violations: list[FieldViolation], clip: clip_pb2.ClipSpec) -> None:
+    if violations:
+        raise refuse(violations)
+    if clip.ByteSize() + _ENVELOPE_BYTES > MAX_MESSAGE_BYTES:
+        raise RequestTooLarge(
+            f"the request has {clip.ByteSize()} bytes; allowed: {MAX_MESSAGE_BYTES - _ENVELOPE_BYTES}. "
+            "Shorten the prompt or scale the image down"
+        )
 
 
 def _set_texts(clip: clip_pb2.ClipSpec, arguments: ClipArguments, violations: list[FieldViolation]) -> None:
@@ -168,6 +205,15 @@ def _set_tokenization(clip: clip_pb2.ClipSpec, arguments: ClipArguments, violati
         if keep_ratio is not None:
             violations.append(FieldViolation(field, "cannot go with keep_ratio; give one of them"))
         clip.tokenization.target_psnr_db = target
+
+
+def _previews(previews: object, violations: list[FieldViolation]) -> job_pb2.Previews:
+    if not isinstance(previews, Previews):
+        example = f"{previews!r} is no Previews, e.g. Previews(every_steps=5, frames=True)"
+        violations.append(FieldViolation("previews", example))
+        return job_pb2.Previews()
+    every_steps = _integer("previews.every_steps", previews.every_steps, 0, _MAX_INT32, violations)
+    return job_pb2.Previews(every_steps=every_steps or 0, frames=bool(previews.frames))
 
 
 def _text(field: str, value: object, violations: list[FieldViolation]) -> str:

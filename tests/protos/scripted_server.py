@@ -53,6 +53,17 @@ def denoising(sequence: int, step: int = 1) -> job_pb2.JobEvent:
     return job_pb2.JobEvent(sequence=sequence, job=job(job_pb2.JOB_STATE_DENOISING, progress=progress))
 
 
+def with_preview(event: job_pb2.JobEvent, step: int, *indices: int) -> job_pb2.JobEvent:
+    """`event` with pictures of these frames; each one says what it is of."""
+    frames = [job_pb2.PreviewFrame(index=index, webp=picture(step, index)) for index in indices]
+    event.preview.CopyFrom(job_pb2.Preview(step=step, frames=frames))
+    return event
+
+
+def picture(step: int, index: int) -> bytes:
+    return f"step {step}, frame {index}".encode()
+
+
 def succeeded(sequence: int) -> job_pb2.JobEvent:
     return job_pb2.JobEvent(sequence=sequence, job=succeeded_job())
 
@@ -113,6 +124,7 @@ class Script(GenerationServicer, StylesServicer, ModelsServicer):
     unary_breaks: deque[Break] = field(default_factory=deque)
     finished_job: job_pb2.Job = field(default_factory=succeeded_job)
     asked: list[object] = field(default_factory=list)
+    tenants: list[str | None] = field(default_factory=list)
     uploads: list[list[styles_pb2.InstallStyleRequest]] = field(default_factory=list)
     cancelled: threading.Event = field(default_factory=threading.Event)
 
@@ -165,6 +177,7 @@ class Script(GenerationServicer, StylesServicer, ModelsServicer):
     def InstallStyle(  # noqa: N802
         self, request_iterator: Iterator[styles_pb2.InstallStyleRequest], context: grpc.ServicerContext
     ) -> styles_pb2.InstallStyleResponse:
+        self._note_tenant(context)
         parts = []
         for part in request_iterator:
             parts.append(part)
@@ -192,12 +205,18 @@ class Script(GenerationServicer, StylesServicer, ModelsServicer):
         model = models_pb2.Model(name="wan-tiny", engine="torch", tokenizations=[clip_pb2.Tokenization.UNIFORM])
         return models_pb2.ListModelsResponse(models=[model])
 
+    def _note_tenant(self, context: grpc.ServicerContext) -> None:
+        sent = {key: value for key, value in context.invocation_metadata() if isinstance(value, str)}
+        self.tenants.append(sent.get("cinecat-tenant"))
+
     def _answer(self, request: object, context: grpc.ServicerContext) -> None:
+        self._note_tenant(context)
         self.asked.append(request)
         if self.unary_breaks:
             _break(self.unary_breaks.popleft(), context)
 
     def _play(self, streams: deque[list[Step]], request: object, context: grpc.ServicerContext) -> Iterator[object]:
+        self._note_tenant(context)
         self.asked.append(request)
         for step in streams.popleft():
             if isinstance(step, Break):

@@ -28,7 +28,9 @@ from tests.protos.scripted_server import (
     denoising,
     failed,
     job,
+    picture,
     succeeded,
+    with_preview,
 )
 
 WHOLE = [chunk(0, len(MP4))]
@@ -145,6 +147,94 @@ def test_on_a_terminal_a_bar_moves_on_stderr_and_stdout_stays_clean(script: Scri
     assert json.loads(done.stdout)["status"] == "succeeded"
 
 
+def test_a_clip_in_the_making_is_shown_in_a_folder(script: Script, shot: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "deep" / "seen"
+    script.generate.append(
+        [
+            with_preview(denoising(1, 1), 1, 0, 4),
+            with_preview(denoising(2, 2), 2, 0, 4),
+            with_preview(denoising(3, 4), 0, 0),
+            with_preview(denoising(4, 4), 0, 1, 2, 3, 4),
+            succeeded(5),
+        ]
+    )
+    script.download.append(WHOLE)
+    arguments = ["generate", str(shot), "-p", "a cat", "-o", str(tmp_path / "o.mp4"), "--previews", str(folder)]
+    assert run(arguments) == 0
+    (request,) = script.requests(generation_pb2.GenerateRequest)
+    assert request.previews == job_pb2.Previews(every_steps=1, frames=True)
+    estimates = {f"estimate-{index:04d}.webp": picture(2, index) for index in (0, 4)}
+    frames = {f"frame-{index:04d}.webp": picture(0, index) for index in range(5)}
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == estimates | frames
+
+
+def test_pictures_of_an_earlier_clip_go_and_nothing_else(script: Script, shot: Path, tmp_path: Path) -> None:
+    mine = ("frame-1.webp", "estimate-0000.png", "my-frame-0000.webp")
+    for name in (*mine, "frame-0080.webp", "estimate-0016.webp", "frame-0004.webp.part"):
+        (tmp_path / name).write_bytes(b"old")
+    script.generate.append([with_preview(denoising(1), 1, 0), succeeded(2)])
+    script.download.append(WHOLE)
+    arguments = ["generate", str(shot), "-p", "a cat", "-o", str(tmp_path / "o.mp4"), "--previews", str(tmp_path)]
+    assert run([*arguments, "--preview-every", "3"]) == 0
+    (request,) = script.requests(generation_pb2.GenerateRequest)
+    assert request.previews.every_steps == 3
+    assert {path.name for path in tmp_path.glob("*-*")} == {*mine, "estimate-0000.webp"}
+
+
+def test_a_folder_that_cannot_be_is_told_before_any_work(
+    script: Script, shot: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    arguments = ["generate", str(shot), "-p", "a cat", "-o", str(tmp_path / "o.mp4"), "--previews", str(shot)]
+    assert run(arguments) == 1
+    assert "shot.png" in capsys.readouterr().err
+    assert script.asked == []
+
+
+@pytest.mark.parametrize(
+    ("options", "number"),
+    [
+        ([], job_pb2.PRIORITY_UNSPECIFIED),
+        (["--priority", "batch"], job_pb2.PRIORITY_BATCH),
+        (["--priority", "interactive"], job_pb2.PRIORITY_INTERACTIVE),
+    ],
+)
+def test_the_priority_reaches_the_request(script: Script, shot: Path, options: list[str], number: int) -> None:
+    assert run(["generate", str(shot), "-p", "a cat", "--detach", *options]) == 0
+    (request,) = script.requests(generation_pb2.SubmitRequest)
+    assert request.priority == number
+    assert not request.HasField("previews")
+
+
+def test_an_unknown_priority_exits_2(shot: Path, capsys: Captured) -> None:
+    assert run(["generate", str(shot), "-p", "a cat", "--detach", "--priority", "high"]) == 2
+    assert "interactive, batch" in capsys.readouterr().err
+
+
+def test_jobs_tell_their_priority(script: Script, capsys: Captured) -> None:
+    script.finished_job.priority = job_pb2.PRIORITY_BATCH
+    assert run(["jobs"]) == 0
+    header, first, *_ = capsys.readouterr().out.splitlines()
+    assert first[header.index("PRIORITY") :].startswith("batch ")
+    assert run(["jobs", "show", "job-1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["priority"] == "batch"
+
+
+@pytest.mark.parametrize(
+    "command", ["jobs", "jobs show job-1", "jobs cancel job-1", "styles", "styles warm x", "models"]
+)
+def test_commands_are_run_for_the_tenant(script: Script, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    assert run([*command.split(), "--tenant", "grading"]) == 0
+    monkeypatch.setenv("CINECAT_TENANT", "editing")
+    assert run(command.split()) == 0
+    assert set(script.tenants) == {"grading", "editing"}
+
+
+def test_a_name_that_is_no_tenants_exits_2(script: Script, capsys: Captured) -> None:
+    assert run(["models", "--tenant", "two words"]) == 2
+    assert "tenant: 'two words' is not 1 to 64" in capsys.readouterr().err
+    assert script.asked == []
+
+
 def test_detach_prints_the_job_id(script: Script, shot: Path, capsys: Captured) -> None:
     assert run(["generate", str(shot), "-p", "a cat", "--detach"]) == 0
     assert capsys.readouterr().out == "job-1\n"
@@ -200,6 +290,8 @@ def test_a_request_that_the_client_refuses_exits_2_and_names_every_field(tmp_pat
         (["generate", "shot.png", "-p", "x"], "-o FILE"),
         (["generate", "shot.png", "-p", "x", "--detach", "-o", "o.mp4"], "cinecat jobs download"),
         (["generate", "shot.png", "-p", "x", "--steps", "four"], "--steps"),
+        (["generate", "shot.png", "-p", "x", "-o", "o.mp4", "--preview-every", "2"], "--previews DIR"),
+        (["generate", "shot.png", "-p", "x", "--detach", "--previews", "d"], "--previews DIR"),
     ],
 )
 def test_wrong_usage_exits_2_with_a_hint(arguments: list[str], hint: str, capsys: Captured) -> None:

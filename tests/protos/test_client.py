@@ -14,6 +14,9 @@ from cinecat import (
     JobFailed,
     JobState,
     NotFound,
+    Preview,
+    PreviewFrame,
+    Previews,
     Progress,
     ServerUnavailable,
     Style,
@@ -32,8 +35,10 @@ from tests.protos.scripted_server import (
     denoising,
     failed,
     job,
+    picture,
     succeeded,
     succeeded_job,
+    with_preview,
 )
 from tests.protos.twins import AsyncTwin, SyncTwin, Twin
 
@@ -284,3 +289,84 @@ def test_styles_come_from_all_pages_and_problems_once(twin: Twin) -> None:
 def test_a_style_and_the_models_can_be_asked_for(twin: Twin) -> None:
     assert twin.call("style", "noir").trigger_words == ("rain",)
     assert twin.call("models")[0].tokenizations == ("uniform",)
+
+
+def test_pictures_arrive_with_the_progress(script: Script, twin: Twin) -> None:
+    estimate, decoded = with_preview(denoising(1), 1, 0, 4), with_preview(denoising(3), 0, 1, 2)
+    script.generate.append([estimate, denoising(2), decoded, succeeded(4)])
+    script.download.append(WHOLE)
+    *events, _ = twin.events(**CLIP)
+    assert [event.preview for event in events] == [
+        Preview(1, (PreviewFrame(0, picture(1, 0)), PreviewFrame(4, picture(1, 4)))),
+        None,
+        Preview(0, (PreviewFrame(1, picture(0, 1)), PreviewFrame(2, picture(0, 2)))),
+    ]
+    assert [event.preview.is_estimate for event in (events[0], events[2])] == [True, False]
+
+
+@pytest.mark.parametrize("kind", [generation_pb2.GenerateRequest, generation_pb2.SubmitRequest])
+def test_priority_and_previews_are_asked_for(script: Script, twin: Twin, kind: type) -> None:
+    asked = {"priority": "batch", "previews": Previews(every_steps=2, frames=True)}
+    if kind is generation_pb2.SubmitRequest:
+        twin.call("submit", **CLIP, **asked)
+    else:
+        script.generate.append([succeeded(1)])
+        script.download.append(WHOLE)
+        twin.events(**CLIP, **asked)
+    (request,) = script.requests(kind)
+    assert request.priority == job_pb2.PRIORITY_BATCH
+    assert request.previews == job_pb2.Previews(every_steps=2, frames=True)
+
+
+def test_a_job_tells_its_priority_and_its_previews(script: Script, twin: Twin) -> None:
+    script.finished_job.priority = job_pb2.PRIORITY_INTERACTIVE
+    script.finished_job.previews.every_steps = 3
+    told = twin.call("job", "job-1")
+    assert (told.priority, told.previews) == ("interactive", Previews(every_steps=3))
+
+
+def test_a_job_of_an_older_server_has_no_priority(twin: Twin) -> None:
+    told = twin.call("job", "job-1")
+    assert (told.priority, told.previews) == ("", Previews())
+
+
+@pytest.mark.parametrize("kind", [SyncTwin, AsyncTwin])
+@pytest.mark.parametrize("tenant", ["Grading_2.a-b", "x" * 64, None])
+def test_every_call_is_made_for_the_tenant(
+    script: Script, address: str, tmp_path: Path, kind: type[SyncTwin], tenant: str | None
+) -> None:
+    twin = kind(address, tenant=tenant)
+    script.generate.append([denoising(1), Break()])
+    script.watch.append([succeeded(2)])
+    script.download.extend([WHOLE, WHOLE])
+    twin.events(**CLIP)
+    weights = tmp_path / "noir.safetensors"
+    weights.write_bytes(b"weights")
+    for method, *arguments in (
+        ("job", "job-1"),
+        ("cancel", "job-1"),
+        ("download", "job-1"),
+        ("styles",),
+        ("style", "noir"),
+        ("install_style", weights),
+        ("remove_style", "noir"),
+        ("warm_style", "noir"),
+        ("models",),
+    ):
+        named = {"name": "noir"} if method == "install_style" else {}
+        twin.call(method, *arguments, **named)
+    twin.call("submit", **CLIP)
+    twin.jobs()
+    assert len(script.tenants) == len(script.asked) + len(script.uploads) >= 16
+    assert set(script.tenants) == {tenant}
+
+
+@pytest.mark.parametrize("kind", [SyncTwin, AsyncTwin])
+@pytest.mark.parametrize("tenant", ["", "x" * 65, "two words", "caf\N{LATIN SMALL LETTER E WITH ACUTE}", "line\n"])
+def test_a_name_that_is_no_tenants_is_refused_before_anything_is_sent(
+    script: Script, address: str, kind: type[SyncTwin], tenant: str
+) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        kind(address, tenant=tenant).call("models")
+    assert [violation.field for violation in caught.value.violations] == ["tenant"]
+    assert script.asked == []

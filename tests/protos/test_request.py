@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cinecat import InvalidRequest, RequestTooLarge, Style, request
+from cinecat import InvalidRequest, Previews, RequestTooLarge, Style, request
 from cinecat.image import MAX_IMAGE_BYTES
-from cinecat.request import build_clip
-from cinecat.v1 import clip_pb2
+from cinecat.request import build_clip, build_request
+from cinecat.v1 import clip_pb2, generation_pb2, job_pb2
 from tests.protos.scripted_server import PNG
 
 NAMES = st.text(st.characters(codec="utf-8", exclude_characters="@:", exclude_categories=("Z", "C")), min_size=1)
@@ -186,3 +186,32 @@ def test_a_seed_out_of_range_is_refused(seed: int) -> None:
 @given(st.floats(allow_nan=False, allow_infinity=False))
 def test_a_finite_guidance_is_sent_exactly(guidance: float) -> None:
     assert build(guidance=guidance).guidance_scale == guidance
+
+
+def test_without_priority_and_previews_the_server_decides() -> None:
+    built = build_request(generation_pb2.GenerateRequest, image=PNG, prompt="a cat")
+    assert built.priority == job_pb2.PRIORITY_UNSPECIFIED
+    assert not built.HasField("previews")
+    assert built.clip == build()
+    assert len(built.request_id) == 36
+
+
+@pytest.mark.parametrize(
+    ("asked", "field"),
+    [
+        ({"priority": "urgent"}, "priority"),
+        ({"priority": 1}, "priority"),
+        ({"previews": Previews(every_steps=-1)}, "previews.every_steps"),
+        ({"previews": Previews(every_steps=2**31)}, "previews.every_steps"),
+        ({"previews": Previews(every_steps=1.5)}, "previews.every_steps"),  # type: ignore[arg-type]
+        ({"previews": True}, "previews"),
+    ],
+)
+def test_what_no_server_takes_beside_the_clip_is_refused_with_what_is_wrong_in_it(
+    asked: dict[str, Any], field: str
+) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        build_request(generation_pb2.SubmitRequest, image=PNG, prompt="a cat", seed=-1, **asked)
+    assert [violation.field for violation in caught.value.violations] == ["clip.seed", field]
+    with pytest.raises(InvalidRequest):
+        build_request(generation_pb2.SubmitRequest, image=PNG, prompt="a cat", **asked)

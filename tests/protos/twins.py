@@ -25,8 +25,8 @@ class Twin(Protocol):
 
 
 class SyncTwin:
-    def __init__(self, address: str, *, patience_s: float = 5.0) -> None:
-        self._connect: Callable[[], Client] = lambda: Client(address, patience_s=patience_s)
+    def __init__(self, address: str, *, patience_s: float = 5.0, tenant: str | None = None) -> None:
+        self._connect: Callable[[], Client] = lambda: Client(address, patience_s=patience_s, tenant=tenant)
 
     def events(self, **clip: Any) -> list[Event]:
         with self._connect() as client:
@@ -61,8 +61,8 @@ class SyncTwin:
 
 
 class AsyncTwin:
-    def __init__(self, address: str, *, patience_s: float = 5.0) -> None:
-        self._connect: Callable[[], AsyncClient] = lambda: AsyncClient(address, patience_s=patience_s)
+    def __init__(self, address: str, *, patience_s: float = 5.0, tenant: str | None = None) -> None:
+        self._connect: Callable[[], AsyncClient] = lambda: AsyncClient(address, patience_s=patience_s, tenant=tenant)
 
     def events(self, **clip: Any) -> list[Event]:
         return asyncio.run(self._collect(lambda client: client.generate(**clip)))

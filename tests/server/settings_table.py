@@ -26,9 +26,9 @@ a TOML file:
 
 `cinecat serve --print-config` prints the values in force as JSON and exits. A setting that does not exist is an error
 that names the near miss. That holds for every variable that starts with `CINECAT_`, but for `CINECAT_CONFIG`, for
-`CINECAT_SERVER` (the server that the client commands talk to), and for those that Kubernetes sets in every pod beside a
-service named `cinecat` (`CINECAT_PORT...`, `CINECAT_SERVICE_...`). Several folders in `styles_dirs` are separated by
-`:`, or are a list in the TOML file.
+`CINECAT_SERVER` and `CINECAT_TENANT` (the server that the client commands talk to, and on whose behalf), and for those
+that Kubernetes sets in every pod beside a service named `cinecat` (`CINECAT_PORT...`, `CINECAT_SERVICE_...`). Several
+folders in `styles_dirs` are separated by `:`, or are a list in the TOML file.
 
 """
 

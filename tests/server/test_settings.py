@@ -106,7 +106,8 @@ def test_an_unknown_key_like_no_other_lists_those_there_are() -> None:
 
 
 def test_the_variables_of_the_client_are_no_settings() -> None:
-    assert load_settings({}, {"CINECAT_SERVER": "a:1", "CINECAT_CONFIG": "c.toml"}) == Settings()
+    theirs = {"CINECAT_SERVER": "a:1", "CINECAT_TENANT": "grading", "CINECAT_CONFIG": "c.toml"}
+    assert load_settings({}, theirs) == Settings()
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,14 @@ from typing import Annotated, Any
 import typer
 
 from cinecat.cli import output as out
-from cinecat.cli.options import DEFAULT_ADDRESS, Json, Server, connect
+from cinecat.cli.options import DEFAULT_ADDRESS, Json, Server, Tenant, connect
+from cinecat.cli.previews import PreviewFolder
 from cinecat.cli.progress import ProgressDisplay
 from cinecat.client import Client, Generation
 from cinecat.clip import Clip
 from cinecat.errors import CinecatError, NotFound
 from cinecat.events import Event, Finished
+from cinecat.previews import Previews
 
 
 def generate(
@@ -57,11 +59,39 @@ def generate(
         Path | None,
         typer.Option("--frames-f32", metavar="FILE", help="Also save the decoded frames, as float32 safetensors."),
     ] = None,
+    previews: Annotated[
+        Path | None,
+        typer.Option(
+            "--previews",
+            metavar="DIR",
+            help="Show the clip as it is made: the newest estimate of it as estimate-NNNN.webp, decoded frames as "
+            "frame-NNNN.webp. Such files of an earlier clip are removed.",
+        ),
+    ] = None,
+    preview_every: Annotated[
+        int | None,
+        typer.Option("--preview-every", metavar="STEPS", help="Steps from one estimate to the next; 1, or 0 for none."),
+    ] = None,
+    priority: Annotated[
+        str | None,
+        typer.Option(
+            "--priority",
+            metavar="interactive|batch",
+            help="Interactive takes over from batch; batch with --detach, interactive else.",
+        ),
+    ] = None,
     detach: Annotated[bool, typer.Option("--detach", help="Submit, print the job's id and leave.")] = False,
     server: Server = DEFAULT_ADDRESS,
+    tenant: Tenant = "",
     as_json: Json = False,
 ) -> None:
     """Make a clip from an image and a prompt."""
+    if preview_every is not None and previews is None:
+        raise out.usage_error("--preview-every is for --previews DIR")
+    if detach and previews:
+        raise out.usage_error(
+            "--detach leaves before there is anything to see; --previews DIR is for clips that are awaited"
+        )
     if detach and (output or frames_f32):
         raise out.usage_error("--detach saves nothing; fetch the files later with: cinecat jobs download ID -o FILE")
     if not detach and output is None:
@@ -86,13 +116,18 @@ def generate(
         "keep_ratio": keep_ratio,
         "target_psnr_db": target_psnr,
         "artifacts": ("mp4", "frames_f32") if frames_f32 else (),
+        "priority": priority,
     }
-    with connect(server) as client:
+    with connect(server, tenant) as client:
         if detach:
             job = client.submit(**clip)
             out.show_json(out.job_json(job)) if as_json else out.show(job.job_id)
             return
-        made = _run(client.generate(output=output, **clip), quiet=as_json)
+        if previews:
+            every = 1 if preview_every is None else preview_every
+            clip["previews"] = Previews(every_steps=every, frames=True)
+        generation = client.generate(output=output, **clip)
+        made = _run(generation, PreviewFolder(previews) if previews else None, quiet=as_json)
         files = {"frames_f32": str(_save_frames(client, made, frames_f32))} if frames_f32 else {}
     if as_json:
         out.show_json(out.clip_json(made, output) | files)
@@ -100,11 +135,13 @@ def generate(
         _tell(made, output)
 
 
-def follow(events: Iterator[Event], *, quiet: bool) -> Clip:
-    """Shows `events` as they come and returns the clip at their end."""
+def follow(events: Iterator[Event], folder: PreviewFolder | None = None, *, quiet: bool) -> Clip:
+    """Shows `events` as they come, their pictures in `folder`, and returns the clip at their end."""
     with ProgressDisplay(quiet=quiet) as display:
         for event in events:
             display.show(event)
+            if folder is not None:
+                folder.show(event)
             if isinstance(event, Finished):
                 return event.clip
     raise CinecatError("the server ended the events without a result")
@@ -120,9 +157,9 @@ def describe(clip: Clip) -> str:
     )
 
 
-def _run(generation: Generation, *, quiet: bool) -> Clip:
+def _run(generation: Generation, folder: PreviewFolder | None, *, quiet: bool) -> Clip:
     try:
-        return follow(generation, quiet=quiet)
+        return follow(generation, folder, quiet=quiet)
     except KeyboardInterrupt:
         if not generation.job_id:
             raise out.Interrupted("interrupted before the server had named the job") from None

@@ -8,9 +8,11 @@ import typer
 
 from cinecat.cli import output as out
 from cinecat.cli.generate import describe, follow
-from cinecat.cli.options import DEFAULT_ADDRESS, JobId, Json, Server, connect
+from cinecat.cli.options import DEFAULT_ADDRESS, JobId, Json, Server, Tenant, connect
 from cinecat.clip import Job
 from cinecat.states import JobState
+
+HEADER = ("JOB", "STATE", "PROGRESS", "PRIORITY", "CREATED", "SIZE", "FRAMES", "STYLE", "PROMPT")
 
 app = typer.Typer(help="List jobs; show, watch, cancel or download one.", rich_markup_mode=None)
 
@@ -24,23 +26,24 @@ def jobs(
     ] = None,
     limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="At most this many.")] = 20,
     server: Server = DEFAULT_ADDRESS,
+    tenant: Tenant = "",
     as_json: Json = False,
 ) -> None:
     """List jobs, newest first; the commands below act on one."""
     if context.invoked_subcommand:
         return
-    with connect(server) as client:
+    with connect(server, tenant) as client:
         found = list(islice(client.jobs(state or ()), limit))
     if as_json:
         out.show_json({"jobs": [out.job_json(job) for job in found]})
         return
-    out.show_table(("JOB", "STATE", "PROGRESS", "CREATED", "SIZE", "FRAMES", "STYLE", "PROMPT"), list(map(_row, found)))
+    out.show_table(HEADER, list(map(_row, found)))
 
 
 @app.command()
-def show(job_id: JobId, server: Server = DEFAULT_ADDRESS, as_json: Json = False) -> None:
+def show(job_id: JobId, server: Server = DEFAULT_ADDRESS, tenant: Tenant = "", as_json: Json = False) -> None:
     """Show all that is known of a job."""
-    with connect(server) as client:
+    with connect(server, tenant) as client:
         job = client.job(job_id)
     fields = out.job_json(job)
     if as_json:
@@ -50,9 +53,9 @@ def show(job_id: JobId, server: Server = DEFAULT_ADDRESS, as_json: Json = False)
 
 
 @app.command()
-def watch(job_id: JobId, server: Server = DEFAULT_ADDRESS, as_json: Json = False) -> None:
+def watch(job_id: JobId, server: Server = DEFAULT_ADDRESS, tenant: Tenant = "", as_json: Json = False) -> None:
     """Follow a job to its end. Ctrl-C stops following, not the job."""
-    with connect(server) as client:
+    with connect(server, tenant) as client:
         try:
             clip = follow(client.watch(job_id), quiet=as_json)
         except KeyboardInterrupt:
@@ -64,9 +67,9 @@ def watch(job_id: JobId, server: Server = DEFAULT_ADDRESS, as_json: Json = False
 
 
 @app.command()
-def cancel(job_id: JobId, server: Server = DEFAULT_ADDRESS, as_json: Json = False) -> None:
+def cancel(job_id: JobId, server: Server = DEFAULT_ADDRESS, tenant: Tenant = "", as_json: Json = False) -> None:
     """Ask a job to stop."""
-    with connect(server) as client:
+    with connect(server, tenant) as client:
         job = client.cancel(job_id)
     if as_json:
         out.show_json(out.job_json(job))
@@ -82,10 +85,11 @@ def download(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Where to save it.")],
     artifact: Annotated[str, typer.Option("--artifact", help="Which file of the job; its first one if left out.")] = "",
     server: Server = DEFAULT_ADDRESS,
+    tenant: Tenant = "",
     as_json: Json = False,
 ) -> None:
     """Save a file that a job wrote."""
-    with connect(server) as client:
+    with connect(server, tenant) as client:
         path = client.download(job_id, output, artifact)
     size_bytes = path.stat().st_size
     if as_json:
@@ -100,6 +104,7 @@ def _row(job: Job) -> tuple[object, ...]:
         job.job_id,
         job.state,
         f"{job.step}/{job.total_steps}" if job.total_steps else "",
+        job.priority,
         job.create_time.astimezone().strftime("%Y-%m-%d %H:%M:%S") if job.create_time else "",
         f"{settings.width}x{settings.height}",
         settings.frames,

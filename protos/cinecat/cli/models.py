@@ -3,12 +3,12 @@
 import dataclasses
 
 from cinecat.cli import output as out
-from cinecat.cli.options import DEFAULT_ADDRESS, Json, Server, connect
+from cinecat.cli.options import DEFAULT_ADDRESS, Json, Server, Tenant, connect
 
 
-def models(server: Server = DEFAULT_ADDRESS, as_json: Json = False) -> None:
+def models(server: Server = DEFAULT_ADDRESS, tenant: Tenant = "", as_json: Json = False) -> None:
     """List the models of the server, with their defaults and limits."""
-    with connect(server) as client:
+    with connect(server, tenant) as client:
         found = client.models()
     if as_json:
         out.show_json({"models": [dataclasses.asdict(model) for model in found]})

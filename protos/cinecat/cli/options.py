@@ -13,16 +13,22 @@ from cinecat.retry import DEFAULT_ADDRESS
 Server = Annotated[
     str, typer.Option("--server", envvar="CINECAT_SERVER", metavar="HOST:PORT", help="The server to talk to.")
 ]
+Tenant = Annotated[
+    str,
+    typer.Option(
+        "--tenant", envvar="CINECAT_TENANT", metavar="NAME", help="On whose behalf; tenants get equal shares."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
 JobId = Annotated[str, typer.Argument(metavar="ID", help="The job's id.")]
 
-__all__ = ["DEFAULT_ADDRESS", "JobId", "Json", "Server", "connect"]
+__all__ = ["DEFAULT_ADDRESS", "JobId", "Json", "Server", "Tenant", "connect"]
 
 
 @contextmanager
-def connect(server: str) -> Iterator[Client]:
+def connect(server: str, tenant: str = "") -> Iterator[Client]:
     """A client for `server`. Raises ServerUnavailable with what to do when there is no server."""
-    with Client(server) as client:
+    with Client(server, tenant=tenant or None) as client:
         try:
             yield client
         except ServerUnavailable as error:

@@ -93,6 +93,8 @@ def job_json(job: Job) -> dict[str, object]:
         "status": str(job.state),
         "request_id": job.request_id,
         "detached": job.detached,
+        "priority": job.priority,
+        "previews": dataclasses.asdict(job.previews),
         "step": job.step,
         "total_steps": job.total_steps,
         "queue_position": job.queue_position,

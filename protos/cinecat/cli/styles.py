@@ -13,7 +13,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from cinecat.catalog import StyleInfo
 from cinecat.cli import output as out
-from cinecat.cli.options import DEFAULT_ADDRESS, Json, Server, connect
+from cinecat.cli.options import DEFAULT_ADDRESS, Json, Server, Tenant, connect
 from cinecat.errors import NotFound
 from cinecat.upload import OnProgress
 
@@ -23,21 +23,23 @@ Name = Annotated[str, typer.Argument(metavar="NAME", help="A style, as NAME or N
 
 
 @app.callback(invoke_without_command=True)
-def styles(context: typer.Context, server: Server = DEFAULT_ADDRESS, as_json: Json = False) -> None:
+def styles(
+    context: typer.Context, server: Server = DEFAULT_ADDRESS, tenant: Tenant = "", as_json: Json = False
+) -> None:
     """List the styles of the server; the commands below act on one."""
     if command := context.invoked_subcommand:
-        for parameter, option in (("server", "--server"), ("as_json", "--json")):
+        for parameter, option in (("server", "--server"), ("tenant", "--tenant"), ("as_json", "--json")):
             source = context.get_parameter_source(parameter)
             if source is not None and source.name == "COMMANDLINE":
                 raise out.usage_error(f"{option} goes behind the command: cinecat styles {command} ... {option}")
         return
-    _list(server, as_json)
+    _list(server, tenant, as_json)
 
 
 @app.command("list")
-def list_styles(server: Server = DEFAULT_ADDRESS, as_json: Json = False) -> None:
+def list_styles(server: Server = DEFAULT_ADDRESS, tenant: Tenant = "", as_json: Json = False) -> None:
     """List the styles of the server, and what cannot be offered."""
-    _list(server, as_json)
+    _list(server, tenant, as_json)
 
 
 @app.command()
@@ -47,10 +49,11 @@ def show(
         Path | None, typer.Option("--preview", metavar="FILE", help="Save the picture or clip of what it does.")
     ] = None,
     server: Server = DEFAULT_ADDRESS,
+    tenant: Tenant = "",
     as_json: Json = False,
 ) -> None:
     """Show all that is known of a style."""
-    with connect(server) as client:
+    with connect(server, tenant) as client:
         style = client.style(*name.split("@", 1), with_preview=preview is not None)
     if preview is not None:
         if style.preview is None:
@@ -92,10 +95,11 @@ def install(
     license: Annotated[str, typer.Option("--license", help="Its licence.")] = "",
     author: Annotated[str, typer.Option("--author", help="Who made it.")] = "",
     server: Server = DEFAULT_ADDRESS,
+    tenant: Tenant = "",
     as_json: Json = False,
 ) -> None:
     """Upload a style. A version that exists never changes: other content is another version."""
-    with connect(server) as client, _bar(path.name) as on_progress:
+    with connect(server, tenant) as client, _bar(path.name) as on_progress:
         installed = client.install_style(
             path,
             on_progress=on_progress,
@@ -129,9 +133,9 @@ def install(
 
 
 @app.command()
-def remove(name: Name, server: Server = DEFAULT_ADDRESS, as_json: Json = False) -> None:
+def remove(name: Name, server: Server = DEFAULT_ADDRESS, tenant: Tenant = "", as_json: Json = False) -> None:
     """Take an installed style away. Accepted jobs finish with it."""
-    with connect(server) as client:
+    with connect(server, tenant) as client:
         style = client.remove_style(*name.split("@", 1))
     if as_json:
         out.show_json(_as_dict(style))
@@ -141,9 +145,9 @@ def remove(name: Name, server: Server = DEFAULT_ADDRESS, as_json: Json = False) 
 
 
 @app.command()
-def warm(name: Name, server: Server = DEFAULT_ADDRESS, as_json: Json = False) -> None:
+def warm(name: Name, server: Server = DEFAULT_ADDRESS, tenant: Tenant = "", as_json: Json = False) -> None:
     """Load a style into a slot, so that the first clip that wears it need not wait."""
-    with connect(server) as client:
+    with connect(server, tenant) as client:
         style = client.warm_style(*name.split("@", 1))
     if as_json:
         out.show_json(_as_dict(style))
@@ -151,8 +155,8 @@ def warm(name: Name, server: Server = DEFAULT_ADDRESS, as_json: Json = False) ->
     out.show(f"{style.name}@{style.version}: in slot {_slots(style)}")
 
 
-def _list(server: str, as_json: bool) -> None:
-    with connect(server) as client:
+def _list(server: str, tenant: str, as_json: bool) -> None:
+    with connect(server, tenant) as client:
         found = client.styles()
     if as_json:
         problems = [dataclasses.asdict(problem) for problem in found.problems]
