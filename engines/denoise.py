@@ -209,6 +209,10 @@ class Denoiser:
         """Projects text [1, 512, text_dim] and image [1, n, image_dim] states into the blocks' context."""
         return Branch.project(self._transformer.condition_embedder, text, image)
 
+    def context_bytes(self, branch: Branch, wears: int) -> int:
+        """What a branch holds, with its keys and values for so many styles."""
+        return branch.size_bytes + wears * branch.key_bytes(len(self._transformer.blocks))
+
     def grid(self, latent_frames: int, latent_height: int, latent_width: int) -> Grid:
         """The patches of latents of a size; the uniform path has a token for each."""
         patch_t, patch_h, patch_w = self._transformer.config.patch_size
