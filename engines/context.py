@@ -89,6 +89,15 @@ class Branch:
         shown = text[:, : min(words + 1, positions)]
         return cls(embedder.image_embedder(image), embedder.text_embedder(shown), positions - words)
 
+    @property
+    def size_bytes(self) -> int:
+        """Of what was projected, without keys and values."""
+        return self.image.nbytes + self.text.nbytes
+
+    def key_bytes(self, layers: int) -> int:
+        """Of the keys and values for one style, which are as wide as what they are made of."""
+        return 2 * layers * self.size_bytes
+
     def keys(self, blocks: Any, slots: StyleSlots | None, worn: Worn) -> ContextKeys:
         """Keys and values for a row that wears a style, which must stay in its slot; computed once.
 

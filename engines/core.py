@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence, Set
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cinecat.engines import stages
+from cinecat.engines import resume, stages
 from cinecat.engines.backends.contract import Engine
 from cinecat.engines.backends.loading import served_spec
 from cinecat.engines.backends.source import EngineSource
@@ -22,14 +24,15 @@ from cinecat.engines.backends.stack import WanStack
 from cinecat.engines.cache import ContentCache
 from cinecat.engines.checkpoint import Checkpoint
 from cinecat.engines.context import Branch
-from cinecat.engines.denoise import Denoiser, EngineBlocks, Merged, guided
+from cinecat.engines.denoise import Denoiser, EngineBlocks, Merged, Moment, forward_rows, guided
 from cinecat.engines.errors import EngineError
-from cinecat.engines.memory import check_slots_fit, slot_memory
+from cinecat.engines.memory import available_bytes, check_slots_fit, slot_memory
 from cinecat.engines.messages import (
     VAE_TEMPORAL_STRIDE,
     Conditioned,
     CoreConfig,
     Decoded,
+    Failure,
     ModelInfo,
     Notice,
     RequestStepped,
@@ -43,6 +46,7 @@ from cinecat.engines.messages import (
 )
 from cinecat.engines.model import WanModel, load_model, synchronize
 from cinecat.engines.placement import checked, on_device, place, storage_note
+from cinecat.engines.previews import Palette
 from cinecat.engines.slots import StyleSlots, other_targets
 from cinecat.engines.tokens.adaptive import AdaptiveTokens
 from cinecat.engines.tokens.budget import step_tokens
@@ -51,6 +55,8 @@ from cinecat.engines.tokens.schedule import RUNGS, rung_tokens
 from cinecat.engines.vae_tiles import Tiling
 from cinecat.engines.variants import Variant, fuse_variant
 from cinecat.engines.wardrobe import CatAdapter, Outfit, Wardrobe
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -61,15 +67,66 @@ class _Request:
     condition: Tensor  # [1, 20, latent frames, height / 8, width / 8], float32
     branches: tuple[Branch, ...]  # the prompt's, then with guidance the negative prompt's
     guidance_scale: float
+    digest: str  # of all that decides the clip
     scheduler: Any
     timesteps: Tensor  # the scheduler's, on the CPU: reading one must not wait for the device
     denoiser: Denoiser
+    engine: Engine
     outfit: Outfit
     grid: Grid
     tiling: Tiling  # of the VAE's frames
     tokens: AdaptiveTokens | None  # None on the uniform path
-    step: int = 0
-    decoder: stages.ClipDecoder | None = field(default=None)
+    spent: tuple[int, ...] = ()  # tokens of each step that is done
+    decoder: stages.ClipDecoder | None = None
+
+    @property
+    def step(self) -> int:
+        """How many are done."""
+        return len(self.spent)
+
+    @property
+    def keep_ratio(self) -> float:
+        return 1.0 if self.tokens is None else self.tokens.keep_ratio
+
+    @property
+    def surroundings(self) -> dict[str, str]:
+        """What rounding depends on, and may differ when the request is taken up again."""
+        return {"engine": self.engine.name, "tiles": f"{self.tiling.rows} x {self.tiling.columns}"}
+
+    @property
+    def state_bytes(self) -> int:
+        """Held from the first step on; a condition that the cache holds too counts."""
+        wears = 1 if self.tokens is None or self.outfit.whole == self.outfit.merged else 2
+        size = self.latents.nbytes + self.condition.nbytes + resume.solver_bytes(self.scheduler, self.latents)
+        size += sum(self.denoiser.context_bytes(branch, wears) for branch in self.branches)
+        return size if self.tokens is None else size + self.tokens.state_bytes(self.latents)
+
+    def moment(self) -> tuple[Moment, int]:
+        """What the coming step is predicted from, and its tokens."""
+        merged, worn = None, self.outfit.whole
+        if self.tokens is not None and (plan := self.tokens.plan()) is not None and self.tokens.prediction is not None:
+            merged, worn = Merged(plan, self.tokens.prediction), self.outfit.merged
+        moment = Moment(self.latents, self.condition, self.timesteps[self.step], self.branches, worn, merged)
+        return moment, self.grid.count if merged is None else merged.plan.tokens
+
+    def take_up(self, progress: resume.Progress) -> None:
+        """Goes on from what steps had made."""
+        self.latents, self.spent = progress.latents, progress.spent
+        for name, value in progress.solver.items():
+            setattr(self.scheduler, name, value)
+        if self.tokens is not None:
+            self.tokens.prediction, self.tokens.keep_ratio = progress.prediction, progress.keep_ratio
+            self.tokens.spent = list(progress.spent)
+
+
+@dataclass(frozen=True)
+class _Advance:
+    """What a step makes of a request, before it is the request's."""
+
+    latents: Tensor
+    scheduler: Any
+    tokens: AdaptiveTokens | None
+    spent: tuple[int, ...]
 
 
 class EngineCore:
@@ -145,10 +202,11 @@ class EngineCore:
             other_targets=others,
             variant=variant.name if variant else "",
             buckets=self._engines.only_buckets,
+            state_bytes=_state_bound(self._model.device),
         )
 
-    def _denoiser_for(self, shot: Shot, grid: Grid) -> tuple[Denoiser, str]:
-        """The denoiser of a request, and its engine's name. Raises EngineError when no engine takes its shapes."""
+    def _denoiser_for(self, shot: Shot, grid: Grid) -> tuple[Denoiser, Engine]:
+        """The denoiser of a request, and its engine. Raises EngineError when no engine takes its shapes."""
         if shot.cat is None:
             counts: tuple[int, ...] = (grid.count,)
         elif shot.cat.keep_ratio is not None:
@@ -161,7 +219,7 @@ class EngineCore:
             transformer = self._model.transformer
             denoiser = Denoiser(transformer, EngineBlocks(transformer, engine, self._slots))
             self._denoisers[engine] = denoiser
-        return denoiser, engine.name
+        return denoiser, engine
 
     def _grid(self, shot: Shot) -> Grid:
         height, width = shot.image.shape[:2]
@@ -174,8 +232,11 @@ class EngineCore:
         return int(self._model.vae.config.scale_factor_spatial)
 
     @torch.inference_mode()
-    def condition(self, shot: Shot) -> Conditioned:
-        """Makes a request's styles resident, encodes its inputs and draws its noise.
+    def condition(self, shot: Shot, checkpoint: Path | None = None) -> Conditioned:
+        """Makes a request's styles resident, encodes its inputs, and draws its noise or goes on from a checkpoint.
+
+        Args:
+            checkpoint: what `save` wrote; one that cannot be gone on from is noted, and the request starts with noise.
 
         Raises:
             NoFreeSlot: running requests wear all slots; nothing was encoded.
@@ -184,12 +245,12 @@ class EngineCore:
         self.release(shot.job_id)
         outfit = self._wardrobe.dress(shot.styles, merging=shot.cat is not None)
         try:
-            return self._condition(shot, outfit)
+            return self._condition(shot, outfit, checkpoint)
         except BaseException:
             self._wardrobe.undress(outfit)
             raise
 
-    def _condition(self, shot: Shot, outfit: Outfit) -> Conditioned:
+    def _condition(self, shot: Shot, outfit: Outfit, checkpoint: Path | None) -> Conditioned:
         model, clock = self._model, _Clock(self._model.device)
         grid = self._grid(shot)
         tiling = stages.vae_tiling(model.vae, *shot.image.shape[:2])
@@ -222,28 +283,38 @@ class EngineCore:
         notes = tuple(note for note in (outfit.note, tiling.note, self._storage_note) if note)
         if stages.prompt_is_truncated(model, shot.prompt):
             notes += (f"prompt: cut after {stages.TEXT_TOKENS} tokens, which is all that the text encoder reads",)
-        self._requests[shot.job_id] = _Request(
+        model_key = (self.model_info.fingerprint, self.model_info.dtype, self._storage_note)
+        request = _Request(
             latents=stages.starting_noise(shot.seed, latent_shape, model.device),
             condition=condition,
             branches=tuple(denoiser.project_context(text, image) for text in texts),
             guidance_scale=shot.guidance_scale,
+            digest=resume.shot_digest(shot, model_key, scheduler),
             scheduler=scheduler,
             timesteps=scheduler.timesteps.cpu(),
             denoiser=denoiser,
+            engine=engine,
             outfit=outfit,
             grid=grid,
             tiling=tiling,
             tokens=AdaptiveTokens.of(shot.cat, grid, len(scheduler.timesteps)) if shot.cat else None,
         )
+        if checkpoint is not None:
+            notes += _take_up(request, checkpoint)
+        self._requests[shot.job_id] = request
         return Conditioned(
             tuple(clock.timings),
             grid.count,
             notes,
             self.residency(),
-            engine,
+            engine.name,
             self._engines.news(),
-            rows=len(self._requests[shot.job_id].branches),
-            next=self._next(self._requests[shot.job_id]),
+            rows=len(request.branches),
+            state_bytes=request.state_bytes,
+            decode_bytes=stages.decoder_bytes(model.vae, request.latents, tiling),
+            next=self._next(request),
+            step_tokens=request.spent,
+            keep_ratio=request.keep_ratio,
         )
 
     def _encode_text(self, prompt: str) -> Tensor:
@@ -254,60 +325,130 @@ class EngineCore:
         with on_device(self._model.image_encoder, self._model.device):
             return stages.encode_image(self._model, image)
 
+    @torch.inference_mode()
     def save(self, job_id: str, path: Path) -> Saved:
-        raise EngineError(f"job {job_id}: {path} cannot be written")
+        """Writes a request's checkpoint.
 
-    def steps(self, job_ids: tuple[str, ...]) -> Stepped:
+        Raises:
+            EngineError: the request is unknown, has done no step, or the file cannot be written.
+        """
+        request = self._request(job_id)
+        if not request.step:
+            raise EngineError(f"job {job_id} has done no step yet; there is nothing to save")
         started = time.perf_counter()
-        stepped = tuple(map(self.step, job_ids))
-        return Stepped(time.perf_counter() - started, stepped)
+        progress = resume.Progress(
+            latents=request.latents,
+            solver=resume.solver_state(request.scheduler),
+            spent=request.spent,
+            keep_ratio=request.keep_ratio,
+            prediction=None if request.tokens is None else request.tokens.prediction,
+            surroundings=request.surroundings,
+        )
+        size = resume.write(path, request.digest, progress)
+        return Saved(time.perf_counter() - started, size)
 
     def _next(self, request: _Request) -> StepShape | None:
         if request.step >= len(request.timesteps):
             return None
-        return StepShape("torch", request.grid.count)
+        count = request.grid.count if request.tokens is None else request.tokens.coming
+        most_rows = self._engines.most_rows(request.engine, count)
+        return StepShape(request.engine.name, count, count < request.grid.count, most_rows)
 
     @torch.inference_mode()
-    def step(self, job_id: str) -> RequestStepped:
-        """Runs the next denoising step.
+    def step(self, job_ids: Sequence[str], previews: Set[str] = frozenset()) -> Stepped:
+        """Runs the coming denoising step of every request named, their rows in one forward, or in two with guidance at
+        many tokens (`denoise.TOGETHER_TOKENS`). Requests change once all of it is done, or not at all.
+
+        A request alone is computed as ever. In a batch, rounding differs with the number of rows and with the longest
+        prompt; the same batches give the same bits.
+
+        Args:
+            previews: whose clean prediction comes as pictures.
 
         Raises:
-            EngineError: the request is unknown, has done all its steps, or came out as NaN or infinity.
+            EngineError: a request is unknown, named twice or has done all its steps, the shapes of their steps differ,
+                or they have more rows than the engine takes.
         """
-        request = self._request(job_id)
-        timesteps = request.timesteps
-        if request.step >= len(timesteps):
-            raise EngineError(f"job {job_id} has done all its {len(timesteps)} steps")
-        tokens = request.tokens
-        planned = tokens.seconds if tokens else 0.0
-        timestep = timesteps[request.step]
-        velocity, spent = self._velocity(request, timestep)
-        if tokens is not None:
-            tokens.observe(request.latents, velocity, float(timestep) / 1000.0, spent)
-        request.latents = request.scheduler.step(velocity, timestep, request.latents, return_dict=False)[0]
-        if not torch.isfinite(request.latents).all():
-            raise EngineError(
-                f"step {request.step + 1} gave NaN or infinity; lower the strengths or the guidance, or wear less"
-            )
-        request.step += 1
+        started = time.perf_counter()
+        requests = [self._request(job_id) for job_id in job_ids]
+        self._check_together(job_ids, requests)
+        planned = [request.tokens.seconds if request.tokens else 0.0 for request in requests]
+        moments, spent = zip(*(request.moment() for request in requests), strict=True)
+        found = requests[0].denoiser.velocities_of(moments)
+        velocities = [guided(each, request.guidance_scale) for each, request in zip(found, requests, strict=True)]
+        advances = [
+            self._advance(request, moment, velocity, count)
+            for request, moment, velocity, count in zip(requests, moments, velocities, spent, strict=True)
+        ]
+        pictures = {
+            job_id: self._palette.pictures((moment.latents - moment.sigma * velocity).float())
+            for job_id, moment, velocity in zip(job_ids, moments, velocities, strict=True)
+            if job_id in previews
+        }
         synchronize(self._model.device)
-        next = self._next(request)
-        if tokens is None:
-            return RequestStepped(job_id, request.step, len(timesteps), spent, next=next)
-        return RequestStepped(
-            job_id, request.step, len(timesteps), spent, tokens.seconds - planned, tokens.keep_ratio, next
-        )
+        answers: list[RequestStepped | Failure] = []
+        for job_id, request, advance, before in zip(job_ids, requests, advances, planned, strict=True):
+            if isinstance(advance, Failure):
+                answers.append(advance)
+                continue
+            request.latents, request.scheduler = advance.latents, advance.scheduler
+            request.tokens, request.spent = advance.tokens, advance.spent
+            answers.append(
+                RequestStepped(
+                    job_id,
+                    request.step,
+                    len(request.timesteps),
+                    request.spent[-1],
+                    request.tokens.seconds - before if request.tokens else 0.0,
+                    request.keep_ratio,
+                    self._next(request),
+                    pictures.get(job_id),
+                )
+            )
+        return Stepped(time.perf_counter() - started, tuple(answers))
 
-    def _velocity(self, request: _Request, timestep: Tensor) -> tuple[Tensor, int]:
-        """The guided velocity of the coming step, and the tokens of each forward."""
-        tokens, merged, worn = request.tokens, None, request.outfit.whole
-        if tokens is not None and (plan := tokens.plan()) is not None and tokens.prediction is not None:
-            merged, worn = Merged(plan, tokens.prediction), request.outfit.merged
-        velocities = request.denoiser.velocities(
-            request.latents, request.condition, timestep, request.branches, worn, merged
-        )
-        velocity = guided(velocities, request.guidance_scale)
-        return velocity, request.grid.count if merged is None else merged.plan.tokens
+    def step_alone(self, job_id: str) -> RequestStepped:
+        """`step` of one request. Raises EngineError also where it failed by itself."""
+        (answer,) = self.step((job_id,)).requests
+        if isinstance(answer, Failure):
+            raise EngineError(answer.message)
+        return answer
+
+    def _check_together(self, job_ids: Sequence[str], requests: Sequence[_Request]) -> None:
+        if not job_ids or len(set(job_ids)) < len(job_ids):
+            raise EngineError(f"step: {', '.join(job_ids) or 'nobody'}: it takes each request once, and at least one")
+        first, *others = [self._next(request) for request in requests]
+        for job_id, request in zip(job_ids, requests, strict=True):
+            if request.step >= len(request.timesteps):
+                raise EngineError(f"job {job_id} has done all its {len(request.timesteps)} steps")
+        assert first is not None
+        for job_id, other in zip(job_ids[1:], others, strict=True):
+            if other != first:
+                raise EngineError(f"step: {job_ids[0]} and {job_id} cannot share a forward: {first}, {other}")
+        rows = forward_rows(first.tokens, [len(request.branches) for request in requests])
+        # Alone, a request is no worse off on an engine that says itself what it takes.
+        if len(requests) > 1 and first.most_rows and rows > first.most_rows:
+            raise EngineError(
+                f"step: {', '.join(job_ids)} have {rows} rows together, the {first.engine} engine takes "
+                f"{first.most_rows} of {first.tokens} tokens; step fewer at once"
+            )
+
+    def _advance(self, request: _Request, moment: Moment, velocity: Tensor, spent: int) -> _Advance | Failure:
+        scheduler = resume.copied_solver(request.scheduler)
+        latents = scheduler.step(velocity, moment.timestep, request.latents, return_dict=False)[0]
+        if not torch.isfinite(latents).all():
+            return Failure(
+                "request",
+                f"step {request.step + 1} gave NaN or infinity; lower the strengths or the guidance, or wear less",
+            )
+        tokens = request.tokens
+        if tokens is not None:
+            tokens = tokens.observed(request.latents, velocity, moment.sigma, spent)
+        return _Advance(latents, scheduler, tokens, (*request.spent, spent))
+
+    @cached_property
+    def _palette(self) -> Palette:
+        return Palette.of(self._model.vae)
 
     @torch.inference_mode()
     def decode(self, job_id: str, write: Callable[[Tensor], None]) -> Decoded:
@@ -317,8 +458,8 @@ class EngineCore:
             EngineError: the request is unknown, has steps left, or is decoded to its end.
         """
         request = self._request(job_id)
-        if request.step < len(request.scheduler.timesteps):
-            raise EngineError(f"job {job_id} has {len(request.scheduler.timesteps) - request.step} steps left")
+        if request.step < len(request.timesteps):
+            raise EngineError(f"job {job_id} has {len(request.timesteps) - request.step} steps left")
         started = time.perf_counter()
         if request.decoder is None:
             request.decoder = stages.ClipDecoder.start(self._model.vae, request.latents, request.tiling)
@@ -371,6 +512,34 @@ class _Clock:
         cached = all(known for _, known in results)
         self.timings.append(StageTime(stage, time.perf_counter() - started, cached))
         return [tensor for tensor, _ in results]
+
+
+def _take_up(request: _Request, checkpoint: Path) -> tuple[str, ...]:
+    """Goes on from a checkpoint where there is one, and says what the caller may want to know."""
+    if not checkpoint.exists():
+        return ()
+    try:
+        progress = resume.read(checkpoint, request.digest, request.latents, request.scheduler)
+    except resume.NoCheckpoint as reason:
+        log.warning("%s cannot be gone on from, all steps begin anew: %s", checkpoint, reason)
+        return ("checkpoint: it cannot be gone on from, all steps began anew",)
+    request.take_up(progress)
+    now = request.surroundings
+    changed = [name for name, value in progress.surroundings.items() if now.get(name) != value]
+    if not changed:
+        return ()
+    return (
+        f"checkpoint: {request.step} steps were done with another {' and other '.join(changed)}, so the result is not "
+        "equal to the bit to that of one run",
+    )
+
+
+def _state_bound(device: torch.device) -> int:
+    """What requests may hold: half of what the device has left with the model loaded. The other half is for the work of
+    a forward or a decode, which grows with the clip as states do, and for the caches. 0 where it cannot be told.
+    """
+    available = available_bytes(device)
+    return 0 if available is None else max(1, available // 2)
 
 
 def _size(model: WanModel) -> tuple[int, int]:

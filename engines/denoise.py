@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -32,31 +32,50 @@ TOGETHER_TOKENS = 512
 """
 
 
-class BlockStack(Protocol):
-    """Runs the transformer's blocks for the rows of one request."""
+@dataclass(frozen=True)
+class Passage:
+    """What a request sends through the blocks: the same tokens under each of its branches, a row for each.
 
-    def __call__(
-        self,
-        tokens: Tensor,
-        modulation: Tensor,
-        rope: tuple[Tensor, Tensor],
-        branches: Sequence[Branch],
-        worn: Worn,
-        key_bias: Tensor | None,
-    ) -> Tensor:
-        """Runs all blocks on the same tokens under each branch.
+    Attributes:
+        tokens: [1, K, dim].
+        modulation: [1, 6, dim], of the timestep.
+        rope: cosines and sines, [1, K, head_dim / 2] each, float32.
+        branches: the prompt's, then the negative prompt's where there is guidance.
+        worn: the style that all its rows wear.
+        key_bias: added to the logits of self-attention, [1, K] in the tokens' dtype; None for none.
+    """
+
+    tokens: Tensor
+    modulation: Tensor
+    rope: tuple[Tensor, Tensor]
+    branches: Sequence[Branch]
+    worn: Worn
+    key_bias: Tensor | None
+
+
+class BlockStack(Protocol):
+    """Runs the transformer's blocks for several requests."""
+
+    def __call__(self, passages: Sequence[Passage]) -> list[Tensor]:
+        """Runs all blocks.
 
         Args:
-            tokens: [1, K, dim].
-            modulation: [1, 6, dim], of the timestep.
-            rope: cosines and sines, [1, K, head_dim / 2] each, float32.
-            worn: the style that all rows wear.
-            key_bias: added to the logits of self-attention, [1, K] in the tokens' dtype; None for none.
+            passages: at least one; all have as many tokens, and all a key bias or none.
 
         Returns:
-            [branches, K, dim].
+            For each, in order, [branches, K, dim].
         """
         ...
+
+
+def forward_rows(tokens: int, branches: Sequence[int]) -> int:
+    """Rows of the largest forward of a step.
+
+    Args:
+        tokens: of each row.
+        branches: of each request.
+    """
+    return sum(branches) if tokens <= TOGETHER_TOKENS else len(branches)
 
 
 class EngineBlocks:
@@ -72,45 +91,46 @@ class EngineBlocks:
         self._transformer = transformer
         self._slots = slots
 
-    def __call__(
-        self,
-        tokens: Tensor,
-        modulation: Tensor,
-        rope: tuple[Tensor, Tensor],
-        branches: Sequence[Branch],
-        worn: Worn,
-        key_bias: Tensor | None,
-    ) -> Tensor:
-        if tokens.shape[1] <= TOGETHER_TOKENS:
-            return self._run(tokens, modulation, rope, branches, worn, key_bias)
-        return torch.cat([self._run(tokens, modulation, rope, [each], worn, key_bias) for each in branches])
+    def __call__(self, passages: Sequence[Passage]) -> list[Tensor]:
+        rows = [(index, branch) for index, passage in enumerate(passages) for branch in range(len(passage.branches))]
+        if passages[0].tokens.shape[1] <= TOGETHER_TOKENS:
+            forwards = [rows]
+        else:
+            forwards = [[row for row in rows if row[1] == branch] for branch in sorted({branch for _, branch in rows})]
+        found: dict[tuple[int, int], Tensor] = {}
+        for forward in forwards:
+            output = self._run([(passages[index], branch) for index, branch in forward])
+            found |= zip(forward, torch.split(output, 1), strict=True)
+        return [
+            _joined([found[index, branch] for branch in range(len(passage.branches))])
+            for index, passage in enumerate(passages)
+        ]
 
-    def _run(
-        self,
-        tokens: Tensor,
-        modulation: Tensor,
-        rope: tuple[Tensor, Tensor],
-        branches: Sequence[Branch],
-        worn: Worn,
-        key_bias: Tensor | None,
-    ) -> Tensor:
-        rows = len(branches)
-        context = RowContexts.of([branch.keys(self._transformer.blocks, self._slots, worn) for branch in branches])
-
-        def each(shared: Tensor) -> Tensor:
-            return shared if rows == 1 else shared.repeat_interleave(rows, dim=0)
-
+    def _run(self, rows: Sequence[tuple[Passage, int]]) -> Tensor:
+        """One forward: [rows, K, dim]. A row is a branch of a passage."""
+        passages = [passage for passage, _ in rows]
+        context = RowContexts.of(
+            [
+                passage.branches[branch].keys(self._transformer.blocks, self._slots, passage.worn)
+                for passage, branch in rows
+            ]
+        )
+        biases = [passage.key_bias for passage in passages if passage.key_bias is not None]
         return self.engine(
             StackInputs(
-                tokens=each(tokens),
-                rope_cos=each(rope[0]),
-                rope_sin=each(rope[1]),
-                modulation=each(modulation),
+                tokens=_joined([passage.tokens for passage in passages]),
+                rope_cos=_joined([passage.rope[0] for passage in passages]),
+                rope_sin=_joined([passage.rope[1] for passage in passages]),
+                modulation=_joined([passage.modulation for passage in passages]),
                 **vars(context),
-                key_bias=None if key_bias is None else each(key_bias),
-                styles=None if self._slots is None else self._slots.rows([worn] * rows),
+                key_bias=_joined(biases) if biases else None,
+                styles=None if self._slots is None else self._slots.rows([passage.worn for passage in passages]),
             )
         )
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 @dataclass(frozen=True)
@@ -124,6 +144,49 @@ class Merged:
 
     plan: TokenPlan
     prediction: Tensor
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A request at one step.
+
+    Attributes:
+        latents: [1, 16, T, H, W].
+        condition: [1, 20, T, H, W].
+        timestep: scalar, in the scheduler's units (0 to 1000), best on the CPU: its value is read.
+        branches: the prompt's, then the negative prompt's where there is guidance.
+        worn: the style that it wears.
+        merged: shares tokens between patches; None, or a uniform plan, gives each its own.
+    """
+
+    latents: Tensor
+    condition: Tensor
+    timestep: Tensor
+    branches: Sequence[Branch]
+    worn: Worn
+    merged: Merged | None = None
+
+    @property
+    def sigma(self) -> float:
+        """Share of noise in the latents."""
+        return float(self.timestep) / 1000.0
+
+    @property
+    def shared(self) -> Merged | None:
+        """`merged`, where tokens do stand for several patches."""
+        return None if self.merged is None or self.merged.plan.is_uniform else self.merged
+
+    @cached_property
+    def patches(self) -> tuple[Tensor, Tensor]:
+        """Latents and prediction of a forward on fewer tokens, [1, patches, 64] each."""
+        assert self.merged is not None
+        return path.to_patches(self.latents), path.to_patches(self.merged.prediction)
+
+    @cached_property
+    def content(self) -> Tensor:
+        """The noisy content of shared tokens, [1, K, 64]."""
+        assert self.merged is not None
+        return path.merge(self.merged.plan, *self.patches, self.sigma)
 
 
 def guided(velocities: tuple[Tensor, ...], scale: float) -> Tensor:
@@ -146,6 +209,10 @@ class Denoiser:
         """Projects text [1, 512, text_dim] and image [1, n, image_dim] states into the blocks' context."""
         return Branch.project(self._transformer.condition_embedder, text, image)
 
+    def context_bytes(self, branch: Branch, wears: int) -> int:
+        """What a branch holds, with its keys and values for so many styles."""
+        return branch.size_bytes + wears * branch.key_bytes(len(self._transformer.blocks))
+
     def grid(self, latent_frames: int, latent_height: int, latent_width: int) -> Grid:
         """The patches of latents of a size; the uniform path has a token for each."""
         patch_t, patch_h, patch_w = self._transformer.config.patch_size
@@ -156,37 +223,52 @@ class Denoiser:
         latents: Tensor,
         condition: Tensor,
         timestep: Tensor,
-        branches: tuple[Branch, ...],
+        branches: Sequence[Branch],
         worn: Worn,
         merged: Merged | None = None,
     ) -> tuple[Tensor, ...]:
-        """Velocity of the same latents under each branch, [1, 16, T, H, W] each, in the transformer's dtype.
+        """Velocities of one `Moment`, whose attributes the arguments are."""
+        return self.velocities_of([Moment(latents, condition, timestep, branches, worn, merged)])[0]
+
+    def velocities_of(self, moments: Sequence[Moment]) -> list[tuple[Tensor, ...]]:
+        """Velocities of each moment's latents under each of its branches, [1, 16, T, H, W] each, in the transformer's
+        dtype.
 
         Args:
-            latents: [1, 16, T, H, W].
-            condition: [1, 20, T, H, W].
-            timestep: scalar, in the scheduler's units (0 to 1000), best on the CPU: its value is read.
-            merged: shares tokens between patches; None, or a uniform plan, gives each its own.
+            moments: all of as many tokens, all merged or none; sizes and everything else may differ.
         """
-        transformer = self._transformer
-        time_embedding, modulation = self._embed_time(timestep.to(latents.device).expand(1), transformer.dtype)
-        if merged is None or merged.plan.is_uniform:
-            video = torch.cat([latents, condition], dim=1).to(transformer.dtype)
+        times = [self._embed_time(moment) for moment in moments]
+        passages = [self._passage(moment, modulation) for moment, (_, modulation) in zip(moments, times, strict=True)]
+        hidden = self._blocks(passages)
+        return [
+            self._read_off(moment, self._head(states, time))
+            for moment, states, (time, _) in zip(moments, hidden, times, strict=True)
+        ]
+
+    def _passage(self, moment: Moment, modulation: Tensor) -> Passage:
+        transformer, latents = self._transformer, moment.latents
+        merged = moment.shared
+        if merged is None:
+            video = torch.cat([latents, moment.condition], dim=1).to(transformer.dtype)
             tokens = transformer.patch_embedding(video).flatten(2).transpose(1, 2).contiguous()
             rope = self._rope_of_grid(self.grid(*latents.shape[2:]))
-            hidden = self._blocks(tokens, modulation, rope, branches, worn, None)
-            return torch.split(path.from_patches(self._head(hidden, time_embedding), latents.shape), 1)
-        plan, sigma = merged.plan, float(timestep) / 1000.0
-        noisy, prediction = path.to_patches(latents), path.to_patches(merged.prediction)
-        content = path.merge(plan, noisy, prediction, sigma)
-        patches = torch.cat([content, plan.mean(path.to_patches(condition))], dim=2).to(transformer.dtype)
+            return Passage(tokens, modulation, rope, moment.branches, moment.worn, None)
+        plan = merged.plan
+        patches = torch.cat([moment.content, plan.mean(path.to_patches(moment.condition))], dim=2)
         embedding = transformer.patch_embedding
-        tokens = F.linear(patches, embedding.weight.flatten(1), embedding.bias)
+        tokens = F.linear(patches.to(transformer.dtype), embedding.weight.flatten(1), embedding.bias)
         key_bias = plan.sizes.log().to(tokens.dtype)[None]
-        hidden = self._blocks(tokens, modulation, self._rope_at(plan.positions), branches, worn, key_bias)
-        clean = content - sigma * self._head(hidden, time_embedding).float()
-        velocity = (noisy - path.unmerge(plan, clean, prediction)) / sigma
-        return torch.split(path.from_patches(velocity, latents.shape).to(transformer.dtype), 1)
+        return Passage(tokens, modulation, self._rope_at(plan.positions), moment.branches, moment.worn, key_bias)
+
+    def _read_off(self, moment: Moment, velocities: Tensor) -> tuple[Tensor, ...]:
+        """Velocities of the latents, by those of the tokens [branches, K, 64]."""
+        shape, merged = moment.latents.shape, moment.shared
+        if merged is None:
+            return torch.split(path.from_patches(velocities, shape), 1)
+        clean = moment.content - moment.sigma * velocities.float()
+        noisy, prediction = moment.patches
+        velocity = (noisy - path.unmerge(merged.plan, clean, prediction)) / moment.sigma
+        return torch.split(path.from_patches(velocity, shape).to(self._transformer.dtype), 1)
 
     def _rope_of(self, grid: Grid) -> tuple[Tensor, Tensor]:
         return self._rope_at(grid.positions(self._transformer.device))
@@ -201,8 +283,10 @@ class Denoiser:
         angle = torch.cat(angles, dim=1)[None]
         return angle.cos().float(), angle.sin().float()
 
-    def _embed_time(self, timestep: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        embedder = self._transformer.condition_embedder
+    def _embed_time(self, moment: Moment) -> tuple[Tensor, Tensor]:
+        """A timestep's embedding [1, dim] and modulation [1, 6, dim]."""
+        embedder, dtype = self._transformer.condition_embedder, self._transformer.dtype
+        timestep = moment.timestep.to(moment.latents.device).expand(1)
         sinusoids = embedder.timesteps_proj(timestep).to(embedder.time_embedder.linear_1.weight.dtype)
         embedding = embedder.time_embedder(sinusoids).to(dtype)
         return embedding, embedder.time_proj(embedder.act_fn(embedding)).unflatten(1, (6, -1))

@@ -74,13 +74,14 @@ class Palette:
 
         A pixel is a latent, or the mean of several where a side has more than `MAX_SIDE`.
         """
-        frames = clean[0].float().permute(1, 2, 3, 0)
-        colours = torch.cat([_coloured(frames[:1], self.first), _coloured(frames[1:], self.later)])
-        height, width = colours.shape[1:3]
+        latents = clean[0].float()
+        colours = torch.cat([_coloured(latents[:, :1], self.first), _coloured(latents[:, 1:], self.later)], dim=1)
+        height, width = colours.shape[2:]
         scale = min(1.0, MAX_SIDE / max(height, width))
         size = (max(1, round(height * scale)), max(1, round(width * scale)))
-        small = functional.interpolate(colours.permute(0, 3, 1, 2), size=size, mode="area").permute(0, 2, 3, 1)
-        pictures: NDArray[np.uint8] = (small.clamp(0.0, 1.0) * 255.0).round().byte().cpu().numpy()
+        small = functional.adaptive_avg_pool2d(colours, size)
+        pixels = (small.clamp(0.0, 1.0) * 255.0).round().byte().permute(1, 2, 3, 0)
+        pictures: NDArray[np.uint8] = pixels.contiguous().cpu().numpy()
         return pictures
 
 
@@ -89,7 +90,7 @@ def _film(random: torch.Generator) -> Tensor:
 
     Drawn on the CPU, so that it is the same for every device.
     """
-    wall = 0.25 + 0.5 * torch.rand((1, 1, 1, 1), generator=random)
+    wall: Tensor = 0.25 + 0.5 * torch.rand((1, 1, 1, 1), generator=random)
     wall = wall + _SPREAD * (torch.rand((1, 3, 1, 1), generator=random) - 0.5)
     for knots in _LATTICES:
         noise = torch.randn((1, 3, knots, knots), generator=random)
@@ -116,13 +117,14 @@ def _encoded(vae: AutoencoderKLWan, layers: list[Layer], film: Tensor) -> Tensor
     moments = torch.cat([stream(video[:1]), stream(video[1:])])
     mode = moments.transpose(0, 1)[None].chunk(2, dim=1)[0].float()
     mean, inverse_std = latent_statistics(vae, mode)
-    return ((mode - mean) * inverse_std)[0].permute(1, 2, 3, 0).cpu()
+    latents: Tensor = (mode - mean) * inverse_std
+    return latents[0].permute(1, 2, 3, 0).cpu()
 
 
 def _block_means(film: Tensor, stride: int) -> Tensor:
     """What the latents of a film stand for: mean colours [latent frames, h, w, 3]."""
     blocks = functional.avg_pool2d(film, stride)
-    later = blocks[1:].unflatten(0, (-1, VAE_TEMPORAL_STRIDE)).mean(dim=1)
+    later = torch.unflatten(blocks[1:], 0, (-1, VAE_TEMPORAL_STRIDE)).mean(dim=1)
     return torch.cat([blocks[:1], later]).permute(0, 2, 3, 1)
 
 
@@ -138,4 +140,6 @@ def _fitted(latents: Tensor, colours: Tensor) -> Tensor:
 
 
 def _coloured(latents: Tensor, mapping: Tensor) -> Tensor:
-    return latents @ mapping[:-1] + mapping[-1]
+    """Colours [3, T, h, w] of latents [channels, T, h, w]."""
+    colours = torch.addmm(mapping[-1][:, None], mapping[:-1].T, latents.flatten(1))
+    return torch.unflatten(colours, 1, latents.shape[1:])

@@ -91,10 +91,10 @@ def _die_with_parent() -> None:
 
 def _answer(core: EngineCore, call: Call) -> Answer:
     match call:
-        case Condition(shot):
-            return core.condition(shot)
-        case Step(job_ids, _):
-            return core.steps(job_ids)
+        case Condition(shot, checkpoint):
+            return core.condition(shot, Path(checkpoint) if checkpoint else None)
+        case Step(job_ids, previews):
+            return core.step(job_ids, previews)
         case Save(job_id, path):
             return core.save(job_id, Path(path))
         case Decode(job_id, buffer, dtype):

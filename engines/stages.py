@@ -18,7 +18,7 @@ from cinecat.engines.memory import available_bytes
 from cinecat.engines.messages import VAE_TEMPORAL_STRIDE
 from cinecat.engines.model import WanEncoders
 from cinecat.engines.vae import Stream, decoder_layers, encoder_layers
-from cinecat.engines.vae_tiles import Pasts, Tiling, plan_tiling, whole_frame
+from cinecat.engines.vae_tiles import Pasts, Tiling, plan_tiling, remembered, whole_frame
 
 TEXT_TOKENS = 512
 
@@ -171,6 +171,18 @@ class ClipDecoder:
                 video = tile.new_zeros((*tile.shape[:2], latent.shape[2] * stride, latent.shape[3] * stride))
             video[:, :, top * stride : bottom * stride, left * stride : right * stride] += tile * weight
         return video
+
+
+def decoder_bytes(vae: AutoencoderKLWan, latents: Tensor, tiling: Tiling) -> int:
+    """What a ClipDecoder holds between two chunks: the latents, and what layers remember of whole frames. Tiles wait in
+    a file, and leave only their weights in memory.
+    """
+    stride = int(vae.config.scale_factor_spatial)
+    values = latents.numel()
+    if tiling.whole:
+        values += int(remembered(decoder_layers(vae), stride) * latents[0, 0, 0].numel() * stride**2)
+    values += sum((row[1] - row[0]) * (column[1] - column[0]) for row, column in tiling.tiles) * stride**2
+    return values * vae.dtype.itemsize
 
 
 def latent_statistics(vae: AutoencoderKLWan, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -77,7 +77,7 @@ class CausalConv(Memory):
         super().__init__(weight.shape[1])
         self.reach = weight.shape[2] - 1
         self._weight = _channels_last(weight.transpose(1, 2).flatten(1, 2))
-        self._present = _channels_last(weight[:, :, -1])
+        self._present = weight[:, :, -1]  # a view; a stream needs it once
         self._bias = conv.bias
         self._padding = weight.shape[3] // 2
 
@@ -87,7 +87,7 @@ class CausalConv(Memory):
         if self.past is None:
             zeros = torch.zeros_like(frames[:1])
             self.past = torch.cat([zeros] * (self.reach - 1) + [frames[:1]])
-            first = self._convolved(frames[:1], self._present)
+            first = self._convolved(frames[:1], _channels_last(self._present))
             return first if len(frames) == 1 else torch.cat([first, self(frames[1:])])
         if len(frames) > 1 and frames.nbytes * (self.reach + 1) > WINDOW_BYTES:
             return torch.cat([self(frame[None]) for frame in frames])

@@ -103,8 +103,8 @@ def plan_tiling(
         """Bytes for one tile at work and for finished frames."""
         (top, bottom), (left, right) = tiling.rows[0], tiling.columns[0]
         pixels = (bottom - top) * (right - left) * stride**2
-        decoding = (_working(decoder, stride) + _remembered(decoder, stride)) * pixels
-        encoding = (_working(encoder, 1) + 1.5 * _remembered(encoder, 1)) * pixels
+        decoding = (_working(decoder, stride) + remembered(decoder, stride)) * pixels
+        encoding = (_working(encoder, 1) + 1.5 * remembered(encoder, 1)) * pixels
         finished = _COPIES * 3 * _FRAMES * height * width * stride**2
         return int(max(decoding, encoding) + finished) * value_bytes + WINDOW_BYTES
 
@@ -198,7 +198,7 @@ def _spans(length: int, side: int) -> tuple[Span, ...]:
     return tuple((start, start + side) for start in starts)
 
 
-def _remembered(layers: Sequence[Layer], scale: float) -> float:
+def remembered(layers: Sequence[Layer], scale: float) -> float:
     """Values that layers remember, for each pixel of full size; `scale` pixels per value along a side at the start."""
     total = 0.0
     for layer in layers:

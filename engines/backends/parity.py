@@ -25,8 +25,8 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor, nn
 
 from cinecat.engines.backends.contract import Engine, EngineSpec, StackInputs
-from cinecat.engines.context import Branch, RowContexts
-from cinecat.engines.denoise import Denoiser, EngineBlocks, Merged
+from cinecat.engines.context import Branch
+from cinecat.engines.denoise import Denoiser, EngineBlocks, Merged, Moment, Passage
 from cinecat.engines.errors import EngineError
 from cinecat.engines.slots import NO_STYLE, Factors, StyleSlots, Worn
 from cinecat.engines.stages import TEXT_TOKENS
@@ -129,6 +129,9 @@ class _Row:
     style: int
     merged: Merged | None
 
+    def moment(self, worn: Worn) -> Moment:
+        return Moment(self.latents, self.condition, self.timestep, (self.branch,), worn, self.merged)
+
 
 class ParitySuite:
     """Compares engines of one transformer's stack with diffusers' modules over the same weights.
@@ -167,15 +170,9 @@ class ParitySuite:
             EngineError: it is not built for such shapes.
         """
         rows = self._rows(case)
-        tape = _Tape()
-        denoiser = Denoiser(self._transformer, tape)
-        for row in rows:
-            _predict(denoiser, row, self.worn[row.style])
-        inputs = self._join(tape.calls, rows)
-        if not engine.covers(inputs):
-            raise EngineError(f"engines: {engine.name} is not built for {case}")
-        tape.outputs = iter(torch.split(engine(inputs), 1))
-        return tuple(_predict(denoiser, row, self.worn[row.style]) for row in rows)
+        denoiser = Denoiser(self._transformer, EngineBlocks(self._transformer, _Checked(engine, case), self.slots))
+        moments = [row.moment(self.worn[row.style]) for row in rows]
+        return tuple(velocity for (velocity,) in denoiser.velocities_of(moments))
 
     @torch.no_grad()
     def expected(self, case: Case) -> tuple[Tensor, ...]:
@@ -250,85 +247,47 @@ class ParitySuite:
             merged=merged,
         )
 
-    def _join(self, calls: Sequence[_Call], rows: Sequence[_Row]) -> StackInputs:
-        worn = [self.worn[row.style] for row in rows]
-        keys = [
-            row.branch.keys(self._transformer.blocks, self.slots, each) for row, each in zip(rows, worn, strict=True)
-        ]
-        biases = [call.key_bias for call in calls if call.key_bias is not None]
-        return StackInputs(
-            tokens=torch.cat([call.tokens for call in calls]),
-            rope_cos=torch.cat([call.rope[0] for call in calls]),
-            rope_sin=torch.cat([call.rope[1] for call in calls]),
-            modulation=torch.cat([call.modulation for call in calls]),
-            **vars(RowContexts.of(keys)),
-            key_bias=torch.cat(biases) if biases else None,
-            styles=self.slots.rows(worn),
-        )
-
 
 def _predict(denoiser: Denoiser, row: _Row, worn: Worn) -> Tensor:
-    return denoiser.velocities(row.latents, row.condition, row.timestep, (row.branch,), worn, row.merged)[0]
+    return denoiser.velocities_of([row.moment(worn)])[0][0]
 
 
-@dataclass(frozen=True)
-class _Call:
-    """What a denoiser gives its blocks for one row."""
+class _Checked:
+    """An engine that refuses what it was not built for."""
 
-    tokens: Tensor
-    modulation: Tensor
-    rope: tuple[Tensor, Tensor]
-    key_bias: Tensor | None
+    def __init__(self, engine: Engine, case: Case) -> None:
+        self.name = engine.name
+        self._engine, self._case = engine, case
 
+    def covers(self, inputs: StackInputs) -> bool:
+        return self._engine.covers(inputs)
 
-class _Tape:
-    """A BlockStack that takes rows down one by one and then gives them what all blocks made of them together."""
-
-    def __init__(self) -> None:
-        self.calls: list[_Call] = []
-        self.outputs: Iterator[Tensor] | None = None
-
-    def __call__(
-        self,
-        tokens: Tensor,
-        modulation: Tensor,
-        rope: tuple[Tensor, Tensor],
-        branches: Sequence[Branch],
-        worn: Worn,
-        key_bias: Tensor | None,
-    ) -> Tensor:
-        if self.outputs is not None:
-            return next(self.outputs)
-        self.calls.append(_Call(tokens, modulation, rope, key_bias))
-        return tokens
+    def __call__(self, inputs: StackInputs) -> Tensor:
+        if not self.covers(inputs):
+            raise EngineError(f"engines: {self.name} is not built for {self._case}")
+        return self._engine(inputs)
 
 
 class _DiffusersBlocks:
-    """A BlockStack of diffusers' blocks. Its text [1, 512, text_dim] is padded; image is [1, n, image_dim]."""
+    """A BlockStack of diffusers' blocks, for one row. Text [1, 512, text_dim] is padded; image is [1, n, image_dim]."""
 
     def __init__(self, transformer: Any, text: Tensor, image: Tensor) -> None:
         embedder = transformer.condition_embedder
         self._blocks = transformer.blocks
         self._context = torch.cat([embedder.image_embedder(image), embedder.text_embedder(text)], dim=1)
 
-    def __call__(
-        self,
-        tokens: Tensor,
-        modulation: Tensor,
-        rope: tuple[Tensor, Tensor],
-        branches: Sequence[Branch],
-        worn: Worn,
-        key_bias: Tensor | None,
-    ) -> Tensor:
-        tables = diffusers_rope(rope)
+    def __call__(self, passages: Sequence[Passage]) -> list[Tensor]:
+        (passage,) = passages
+        tokens, key_bias = passage.tokens, passage.key_bias
+        tables = diffusers_rope(passage.rope)
         attention = BiasedAttention(None if key_bias is None else key_bias[:, None, None])
         for block in self._blocks:
             own, block.attn1.processor = block.attn1.processor, attention
             try:
-                tokens = block(tokens, self._context, modulation, tables)
+                tokens = block(tokens, self._context, passage.modulation, tables)
             finally:
                 block.attn1.processor = own
-        return tokens
+        return [tokens]
 
 
 def diffusers_rope(rope: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:

@@ -6,7 +6,7 @@ import shlex
 
 from cinecat.engines.backends.building import BackgroundBuild, open_store
 from cinecat.engines.backends.choice import AUTO, BACKENDS, TORCH, check_fixed, engine_key, find_backend
-from cinecat.engines.backends.contract import Backend, Engine, EngineSpec
+from cinecat.engines.backends.contract import ANY_SHAPE, Backend, Engine, EngineSpec
 from cinecat.engines.backends.stack import WanStack
 from cinecat.engines.backends.store_folder import default_engine_folder
 from cinecat.engines.backends.torch_eager import TorchEngine
@@ -90,6 +90,13 @@ class EngineSource:
                 "operator add this one to engine_sizes and run cinecat engines build"
             )
         return self._torch
+
+    def most_rows(self, engine: Engine, tokens: int) -> int:
+        """Rows of so many tokens that one of its engines takes in one forward; 0 for any number."""
+        if engine is self._torch:
+            return 0
+        buckets = (ANY_SHAPE,) if self._backend.any_shape else self._spec.buckets
+        return max((bucket.rows.most for bucket in buckets if tokens in bucket.tokens), default=0)
 
     @property
     def building(self) -> bool:

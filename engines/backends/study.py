@@ -87,7 +87,7 @@ class _FullContextDenoiser(Denoiser):
 class FullContextCore(EngineCore):
     """A core whose requests get no gain from their context."""
 
-    def _denoiser_for(self, shot: Shot, grid: Grid) -> tuple[Denoiser, str]:
+    def _denoiser_for(self, shot: Shot, grid: Grid) -> tuple[Denoiser, Engine]:
         denoiser, engine = super()._denoiser_for(shot, grid)
         return _FullContextDenoiser.of(denoiser), engine
 
@@ -266,7 +266,7 @@ def run_clip(core: EngineCore, shot: Shot) -> tuple[Tensor, dict[str, float]]:
     seconds = {timing.stage: timing.seconds for timing in conditioned.timings}
     seconds |= {"steps": 0.0, "decode": 0.0}
     for _ in range(shot.steps):
-        seconds["steps"] += core.steps((shot.job_id,)).seconds
+        seconds["steps"] += core.step((shot.job_id,)).seconds
     count = 0
     while count < shot.frames:
         decoded = core.decode(shot.job_id, frames.append)

@@ -20,6 +20,10 @@ from cinecat.engines.tokens.plan import TokenPlan
 FIRST_FRAME_WEIGHT = 4.0
 """On what merging loses in the first latent frame, which is known and which all others look at."""
 
+_PRICE_BYTES = 200
+"""Of a region's `Prices`: four levels, tokens and distortions, and three halvings with what they have spent and lost.
+"""
+
 
 def price(grid: Grid, clean: Tensor) -> Prices:
     """Prices clean latents [1, 16, T, H, W], float32, as requests have them priced."""
@@ -55,13 +59,31 @@ class AdaptiveTokens:
         """As a request asks for them."""
         return cls(grid, steps, 1.0 if cat.keep_ratio is None else cat.keep_ratio, cat.target_psnr_db)
 
+    @property
+    def coming(self) -> int:
+        """Tokens of the coming step."""
+        return step_tokens(self.grid, self.steps, self.keep_ratio)[len(self.spent)]
+
+    def state_bytes(self, latents: Tensor) -> int:
+        """What is held between two steps, for latents of a size: the prediction and its prices."""
+        regions = len(Regions.of(self.grid, str(latents.device)).patches)
+        return latents.numel() * torch.float32.itemsize + regions * _PRICE_BYTES
+
     def plan(self) -> TokenPlan | None:
         """The plan of the coming step; None where every patch is a token."""
-        tokens = step_tokens(self.grid, self.steps, self.keep_ratio)[len(self.spent)]
+        tokens = self.coming
         if tokens >= self.grid.count or self.prediction is None:
             return None
         with self._timed():
             return self._priced(self.prediction).allocate(tokens)
+
+    def observed(self, latents: Tensor, velocity: Tensor, sigma: float, tokens: int) -> AdaptiveTokens:
+        """What `observe` makes of it, which itself stays as it is."""
+        later = AdaptiveTokens(
+            self.grid, self.steps, self.keep_ratio, self.target_psnr_db, None, list(self.spent), self.seconds
+        )
+        later.observe(latents, velocity, sigma, tokens)
+        return later
 
     def observe(self, latents: Tensor, velocity: Tensor, sigma: float, tokens: int) -> None:
         """Learns from a step that is done.

@@ -202,7 +202,7 @@ def generate(
     core.condition(
         Shot(job, first_frame, prompt, "", frames, sampling.steps, sampling.guidance_scale, sampling.seed, styles)
     )
-    while (stepped := core.step(job)).step < stepped.total:
+    while (stepped := core.step_alone(job)).step < stepped.total:
         pass
     chunks: list[torch.Tensor] = []
     while True:

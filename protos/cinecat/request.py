@@ -12,7 +12,7 @@ from typing import Literal, Required, TypedDict, TypeVar, Unpack, cast
 
 from cinecat import image, styles
 from cinecat.clip import FORMATS
-from cinecat.errors import FieldViolation, InvalidRequest, RequestTooLarge, refuse
+from cinecat.errors import FieldViolation, RequestTooLarge, refuse
 from cinecat.previews import Previews
 from cinecat.states import JobState
 from cinecat.v1 import clip_pb2, generation_pb2, job_pb2
@@ -79,18 +79,13 @@ class RequestArguments(ClipArguments, total=False):
 def build_request(kind: type[_Asked], **arguments: Unpack[RequestArguments]) -> _Asked:
     """A request for a new job, under an id of its own; raises as `build_clip` does."""
     violations: list[FieldViolation] = []
-    request = kind(request_id=str(uuid.uuid4()))
+    clip = {name: value for name, value in arguments.items() if name not in ("priority", "previews")}
+    request = kind(clip=_clip(cast(ClipArguments, clip), violations), request_id=str(uuid.uuid4()))
     chosen = _choice("priority", arguments.get("priority"), _PRIORITIES, violations)
     request.priority = chosen or job_pb2.PRIORITY_UNSPECIFIED
     if (previews := arguments.get("previews")) is not None:
         request.previews.CopyFrom(_previews(previews, violations))
-    clip = {name: value for name, value in arguments.items() if name not in ("priority", "previews")}
-    try:
-        request.clip.CopyFrom(build_clip(**cast(ClipArguments, clip)))
-    except InvalidRequest as error:
-        raise refuse([*error.violations, *violations]) from None
-    if violations:
-        raise refuse(violations)
+    _refuse_any(violations, request.clip)
     return request
 
 
@@ -98,30 +93,9 @@ def build_clip(**arguments: Unpack[ClipArguments]) -> clip_pb2.ClipSpec:
     """The ClipSpec for `arguments`. Raises InvalidRequest naming every field that is wrong, RequestTooLarge when the
     whole would not fit into one message, and TypeError for an argument that does not exist.
     """
-    unknown = sorted(set(arguments) - set(ClipArguments.__annotations__))
-    missing = sorted(ClipArguments.__required_keys__ - set(arguments))
-    if unknown or missing:
-        raise TypeError(f"unknown arguments: {unknown}" if unknown else f"missing arguments: {missing}")
     violations: list[FieldViolation] = []
-    clip = clip_pb2.ClipSpec(
-        image=image.read(arguments["image"], violations),
-        styles=styles.to_protos(arguments.get("style"), violations),
-    )
-    _set_texts(clip, arguments, violations)
-    _set_size(clip, arguments, violations)
-    _set_numbers(clip, arguments, violations)
-    _set_tokenization(clip, arguments, violations)
-    clip.fit = _choice("clip.fit", arguments.get("fit"), _FITS, violations) or clip_pb2.FIT_UNSPECIFIED
-    for index, name in enumerate(arguments.get("artifacts", ())):
-        chosen = _choice(f"clip.artifact_formats[{index}]", name, FORMATS, violations)
-        clip.artifact_formats.append(chosen or clip_pb2.ARTIFACT_FORMAT_UNSPECIFIED)
-    if violations:
-        raise refuse(violations)
-    if clip.ByteSize() + _ENVELOPE_BYTES > MAX_MESSAGE_BYTES:
-        raise RequestTooLarge(
-            f"the request has {clip.ByteSize()} bytes; allowed: {MAX_MESSAGE_BYTES - _ENVELOPE_BYTES}. "
-            "Shorten the prompt or scale the image down"
-        )
+    clip = _clip(arguments, violations)
+    _refuse_any(violations, clip)
     return clip
 
 
@@ -134,6 +108,36 @@ def list_request(states: Iterable[JobState | str]) -> generation_pb2.ListJobsReq
             raise refuse([FieldViolation(f"states[{index}]", f"{state!r} is unknown; allowed: {', '.join(known)}")])
         request.states.append(JobState(state).to_proto())
     return request
+
+
+def _clip(arguments: ClipArguments, violations: list[FieldViolation]) -> clip_pb2.ClipSpec:
+    unknown = sorted(set(arguments) - set(ClipArguments.__annotations__))
+    missing = sorted(ClipArguments.__required_keys__ - set(arguments))
+    if unknown or missing:
+        raise TypeError(f"unknown arguments: {unknown}" if unknown else f"missing arguments: {missing}")
+    clip = clip_pb2.ClipSpec(
+        image=image.read(arguments["image"], violations),
+        styles=styles.to_protos(arguments.get("style"), violations),
+    )
+    _set_texts(clip, arguments, violations)
+    _set_size(clip, arguments, violations)
+    _set_numbers(clip, arguments, violations)
+    _set_tokenization(clip, arguments, violations)
+    clip.fit = _choice("clip.fit", arguments.get("fit"), _FITS, violations) or clip_pb2.FIT_UNSPECIFIED
+    for index, name in enumerate(arguments.get("artifacts", ())):
+        chosen = _choice(f"clip.artifact_formats[{index}]", name, FORMATS, violations)
+        clip.artifact_formats.append(chosen or clip_pb2.ARTIFACT_FORMAT_UNSPECIFIED)
+    return clip
+
+
+def _refuse_any(violations: list[FieldViolation], clip: clip_pb2.ClipSpec) -> None:
+    if violations:
+        raise refuse(violations)
+    if clip.ByteSize() + _ENVELOPE_BYTES > MAX_MESSAGE_BYTES:
+        raise RequestTooLarge(
+            f"the request has {clip.ByteSize()} bytes; allowed: {MAX_MESSAGE_BYTES - _ENVELOPE_BYTES}. "
+            "Shorten the prompt or scale the image down"
+        )
 
 
 def _set_texts(clip: clip_pb2.ClipSpec, arguments: ClipArguments, violations: list[FieldViolation]) -> None:

@@ -54,7 +54,7 @@ def finish(core: EngineCore, job_id: str) -> Tensor:
 def render(core: EngineCore, shot: Shot) -> Tensor:
     core.condition(shot)
     for _ in range(shot.steps):
-        core.step(shot.job_id)
+        core.step_alone(shot.job_id)
     return finish(core, shot.job_id)
 
 
@@ -65,7 +65,7 @@ def test_requests_that_take_turns_get_what_they_would_get_alone(core: EngineCore
         core.condition(shot)
     for _ in range(SHOT.steps):
         for shot in shots:
-            core.step(shot.job_id)
+            core.step_alone(shot.job_id)
     together = [finish(core, shot.job_id) for shot in shots]
     for expected, got in zip(alone, together, strict=True):
         torch.testing.assert_close(got, expected, rtol=0, atol=0)
@@ -75,7 +75,7 @@ def test_requests_that_take_turns_get_what_they_would_get_alone(core: EngineCore
 def test_frames_come_as_one_then_four_at_a_time(core: EngineCore) -> None:
     core.condition(SHOT)
     for _ in range(SHOT.steps):
-        core.step("a")
+        core.step_alone("a")
     chunks: list[Tensor] = []
     answers = [core.decode("a", chunks.append) for _ in range(3)]
     assert [(answer.first, answer.count, answer.total) for answer in answers] == [(0, 1, 9), (1, 4, 9), (5, 4, 9)]
@@ -86,18 +86,18 @@ def test_frames_come_as_one_then_four_at_a_time(core: EngineCore) -> None:
 
 def test_calls_out_of_order_are_refused_and_do_no_harm(core: EngineCore) -> None:
     with pytest.raises(EngineError, match="not in the engine core"):
-        core.step("nobody")
+        core.step_alone("nobody")
     core.condition(SHOT)
     with pytest.raises(EngineError, match="3 steps left"):
         core.decode("a", lambda frames: None)
     for _ in range(3):
-        core.step("a")
+        core.step_alone("a")
     with pytest.raises(EngineError, match="done all its 3 steps"):
-        core.step("a")
+        core.step_alone("a")
     core.release("a")
     core.release("a")
     with pytest.raises(EngineError, match="not in the engine core"):
-        core.step("a")
+        core.step_alone("a")
 
 
 def test_known_prompts_images_and_conditions_are_not_encoded_again(core: EngineCore) -> None:
@@ -174,7 +174,7 @@ def test_a_clip_that_becomes_nan_fails_and_the_next_one_does_not(core: EngineCor
     wild = style_file(tmp_path / "wild.safetensors", seed=6, scale=1e30)
     core.condition(replace(SHOT, styles=(wild,)))
     with pytest.raises(EngineError, match="step 1 gave NaN or infinity; lower the strengths"):
-        core.step("a")
+        core.step_alone("a")
     core.release("a")
     assert torch.equal(render(core, SHOT), plain)
 
@@ -204,7 +204,7 @@ def test_a_style_whose_file_is_gone_fails_its_request_which_renders_in_no_style(
     with pytest.raises(EngineError, match=r"styles: 5\.safetensors: cannot be read"):
         core.condition(replace(SHOT, styles=(gone,)))
     with pytest.raises(EngineError, match="not in the engine core"):
-        core.step("a")
+        core.step_alone("a")
     assert torch.equal(render(core, SHOT), plain)
     assert torch.equal(render(core, replace(SHOT, styles=(previous,))), styled)
     assert not torch.equal(styled, plain)
@@ -223,7 +223,7 @@ def test_without_a_free_slot_a_request_leaves_the_running_ones_be_and_gets_the_f
     with pytest.raises(NoFreeSlot):
         core.warm(worn[2])
     for _ in range(SHOT.steps):
-        core.step("a")
+        core.step_alone("a")
     assert torch.equal(finish(core, "a"), alone)
     core.condition(third)
     core.release("b")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cinecat.engines.checkpoint import find_checkpoint
 from cinecat.engines.core import EngineCore
-from cinecat.engines.messages import Cat, CoreConfig, Shot, Stepped, StyleUse
+from cinecat.engines.messages import Cat, CoreConfig, RequestStepped, Shot, StyleUse
 from cinecat.engines.tokens.budget import step_tokens
 from cinecat.engines.tokens.grid import Grid
 
@@ -45,10 +45,10 @@ def style(tmp_path_factory: pytest.TempPathFactory) -> StyleUse:
     return StyleUse(str(path), hashlib.sha256(path.read_bytes()).hexdigest(), 1.0)
 
 
-def render(core: EngineCore, shot: Shot) -> tuple[Tensor, list[Stepped]]:
+def render(core: EngineCore, shot: Shot) -> tuple[Tensor, list[RequestStepped]]:
     """Final latents, and what each step said."""
     core.condition(shot)
-    steps = [core.step(shot.job_id) for _ in range(shot.steps)]
+    steps = [core.step_alone(shot.job_id) for _ in range(shot.steps)]
     latents = core._requests[shot.job_id].latents
     core.release(shot.job_id)
     return latents, steps
@@ -72,7 +72,6 @@ def test_steps_spend_what_the_schedule_says(core: EngineCore, style: StyleUse) -
     assert sum(step.tokens for step in told) <= 0.6 * 5 * 48
     assert {step.keep_ratio for step in told} == {0.6}
     assert [step.plan_seconds > 0 for step in told] == [step.tokens < 48 for step in told]
-    assert all(step.plan_seconds < step.seconds for step in told)
     assert torch.equal(render(core, shot)[0], latents)
     assert not torch.equal(render(core, replace(shot, cat=None))[0], latents)
 
@@ -85,7 +84,7 @@ def test_plans_follow_the_clean_prediction_after_guidance(core: EngineCore) -> N
     wanted, unwanted = request.denoiser.velocities(
         before, request.condition, timestep, request.branches, request.outfit.whole
     )
-    core.step("a")
+    core.step_alone("a")
     assert request.tokens is not None
     assert request.tokens.prediction is not None
     expected = before - timestep / 1000 * (unwanted + 4.0 * (wanted - unwanted))
@@ -98,8 +97,8 @@ def test_a_clip_of_few_tokens_leaves_others_as_they_are(core: EngineCore) -> Non
     core.condition(SHOT)
     core.condition(replace(SHOT, job_id="b", cat=Cat(keep_ratio=0.5)))
     for _ in range(SHOT.steps):
-        core.step("a")
-        core.step("b")
+        core.step_alone("a")
+        core.step_alone("b")
     assert torch.equal(core._requests["a"].latents, alone)
     core.release("a")
     core.release("b")

@@ -120,7 +120,7 @@ def test_float8_is_what_waits_and_float32_what_runs(config: CoreConfig, monkeypa
     assert {weight.dtype for weight in stored(core)} == {FLOAT8}
     notes = core.condition(SHOT).notes
     assert any(note.startswith("storage_dtype: ") for note in notes)
-    core.step(SHOT.job_id)
+    core.step_alone(SHOT.job_id)
     assert running == {torch.float32}
     assert {weight.dtype for weight in stored(core)} == {FLOAT8}
     others = [parameter for block in stack_of(core).blocks for parameter in block.parameters() if parameter.dim() != 2]
@@ -179,7 +179,7 @@ def test_a_forward_that_failed_leaves_the_next_one_as_it_was(
     with monkeypatch.context() as patch:
         patch.setattr(WanStackBlock, "_heads", lambda self, states: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            core.step(SHOT.job_id)
+            core.step_alone(SHOT.job_id)
     torch.testing.assert_close(render(core, SHOT), frames, rtol=0, atol=0)
     assert {weight.dtype for weight in stored(core)} == {FLOAT8}
 

@@ -14,9 +14,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from cinecat.engines.backends.parity import BiasedAttention, diffusers_rope
-from cinecat.engines.context import Branch
-from cinecat.engines.denoise import Denoiser, Merged
-from cinecat.engines.slots import NO_STYLE, Factors, Worn
+from cinecat.engines.denoise import Denoiser, Merged, Passage
+from cinecat.engines.slots import NO_STYLE, Factors
 from cinecat.engines.tokens import path
 from cinecat.engines.tokens.adaptive import price
 from cinecat.engines.tokens.grid import Grid
@@ -112,27 +111,21 @@ class TwoPaths:
         )[0]
         return (noisy - timestep / 1000.0 * velocity.float())[0]
 
-    def _run_blocks(
-        self,
-        tokens: Tensor,
-        modulation: Tensor,
-        rope: tuple[Tensor, Tensor],
-        branches: Sequence[Branch],
-        worn: Worn,
-        key_bias: Tensor | None,
-    ) -> Tensor:
+    def _run_blocks(self, passages: Sequence[Passage]) -> list[Tensor]:
         """diffusers' blocks, with peft's layers in them and gradients through them; a BlockStack for one branch."""
-        (branch,) = branches
+        (passage,) = passages
+        (branch,) = passage.branches
+        tokens, key_bias = passage.tokens, passage.key_bias
         words = branch.text.shape[1] - 1
         # Exactly the padded prompt: all empty positions share one key, which counts for as many.
         text_attention = PaddedTextAttention(text_bias(torch.tensor([words]), words).to(tokens))
         self_attention = BiasedAttention(None if key_bias is None else key_bias[:, None, None])
         context = torch.cat([branch.image, branch.text], dim=1)
-        tables = diffusers_rope(rope)
+        tables = diffusers_rope(passage.rope)
         for block in self._transformer.blocks:
             block.attn1.processor, block.attn2.processor = self_attention, text_attention
-            tokens = block(tokens, context, modulation, tables)
-        return tokens
+            tokens = block(tokens, context, passage.modulation, tables)
+        return [tokens]
 
     def _wear(self, names: list[str], adapted: bool) -> None:
         for layer in self._layers:
