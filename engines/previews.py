@@ -90,7 +90,7 @@ def _film(random: torch.Generator) -> Tensor:
 
     Drawn on the CPU, so that it is the same for every device.
     """
-    wall: Tensor = 0.25 + 0.5 * torch.rand((1, 1, 1, 1), generator=random)
+    wall = 0.25 + 0.5 * torch.rand((1, 1, 1, 1), generator=random)
     wall = wall + _SPREAD * (torch.rand((1, 3, 1, 1), generator=random) - 0.5)
     for knots in _LATTICES:
         noise = torch.randn((1, 3, knots, knots), generator=random)
@@ -106,7 +106,7 @@ def _disc(random: torch.Generator, frames: int) -> Tensor:
     time, axis = torch.linspace(0.0, 0.6, frames).view(-1, 1, 1), torch.linspace(0.0, 1.0, _SIDE)
     down = axis.view(1, -1, 1) - y - (speed_y - 0.5) * time
     across = axis.view(1, 1, -1) - x - (speed_x - 0.5) * time
-    inside = down.square() + across.square() < (0.1 + 0.2 * size) ** 2
+    inside: Tensor = down.square() + across.square() < (0.1 + 0.2 * size) ** 2
     return inside[:, None]
 
 
