@@ -52,6 +52,12 @@ class Metrics:
             "1 while the engine that the settings name is being built and torch stands in.",
             registry=registry,
         )
+        self.jobs_removed = Counter(
+            "cinecat_jobs_removed",
+            "Ended jobs removed for their age or for the size of all clips, and orphaned files of one removed at the start.",
+            ["reason"],
+            registry=registry,
+        )
         self.queue_depth = Gauge("cinecat_queue_depth", "Jobs waiting for the engine core.", registry=registry)
         self.core_restarts = Counter("cinecat_core_restarts", "Engine cores started after one died.", registry=registry)
         self.requests_refused = Counter(
