@@ -32,7 +32,7 @@ class DatabaseInUse(DatabaseError):
 
 
 def check_url(url: str) -> URL:
-    """The parts of a PostgreSQL URL. Raises ValueError for any other; its message shows nothing of it but the scheme."""
+    """The parts of a PostgreSQL URL. Raises ValueError for any other, and shows nothing of it but the scheme."""
     allowed = f"allowed: empty, for a SQLite file in data_dir, or {POSTGRESQL}://USER@HOST/DATABASE"
     scheme, separator, _ = url.partition("://")
     if not separator or not _SCHEME.fullmatch(scheme):
@@ -130,7 +130,7 @@ def postgresql_engine(url: str, writer: SoleWriter) -> Engine:
             max_overflow=0,
             pool_pre_ping=True,
             hide_parameters=True,
-            connect_args={"connect_timeout": 10, "application_name": "cinecat"},
+            connect_args={"connect_timeout": 10, "application_name": "cinecat", "client_encoding": "utf8"},
         )
     except ImportError as error:
         raise DatabaseError(

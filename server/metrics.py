@@ -54,7 +54,7 @@ class Metrics:
         )
         self.jobs_removed = Counter(
             "cinecat_jobs_removed",
-            "Ended jobs removed for their age or for the size of all clips, and orphaned files of one removed at the start.",
+            "Jobs removed for their age or for the size of all clips, or of which only files were left.",
             ["reason"],
             registry=registry,
         )
