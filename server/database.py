@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import URL, Connection, Engine, NullPool, create_engine, event, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, DBAPIError
 
 POSTGRESQL = "postgresql+psycopg"
 
@@ -145,10 +145,6 @@ def explained(setting: str, error: Exception) -> DatabaseError:
     if isinstance(error, DatabaseError):
         return error
     return DatabaseError(f"{setting}: the job database cannot be opened: {reason(error)}")
-
-
-# What opening and using a database may raise.
-DATABASE_ERRORS = (OSError, SQLAlchemyError)
 
 
 def _configure(connection: Any, _record: object) -> None:

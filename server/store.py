@@ -15,7 +15,6 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import sessionmaker
 
 from cinecat.server.database import (
-    DATABASE_ERRORS,
     SoleWriter,
     explained,
     postgresql_engine,
@@ -93,7 +92,7 @@ class JobStore:
         setting = "data_dir" if isinstance(database, Path) else "database_url"
         try:
             self._engine = _open_sqlite(database) if isinstance(database, Path) else _open_postgresql(database)
-        except DATABASE_ERRORS as error:
+        except Exception as error:
             raise explained(setting, error) from None
         self._session = sessionmaker(self._engine, expire_on_commit=False)
 

@@ -138,7 +138,7 @@ def test_a_newer_database_is_refused_in_one_sentence(tmp_path: Path, mark: str) 
     connection.commit()
     connection.close()
     before = schema(path)
-    with pytest.raises(DatabaseError, match="was written by a newer server .*; run that one, or"):
+    with pytest.raises(DatabaseError, match=r"was written by a newer server .*; run that one, or"):
         JobStore(path)
     assert schema(path) == before
 

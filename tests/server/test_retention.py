@@ -15,7 +15,7 @@ from cinecat.server.errors import RequestError
 from cinecat.server.retention import Retention
 from cinecat.server.store import EndedJob, JobStore, StoredJob
 from cinecat.v1 import job_pb2 as pb
-from tests.server.samples import PATH_TO_SUCCESS, Front, front, move, new_job
+from tests.server.samples import PATH_TO_SUCCESS, Front, front, move, new_job, until
 
 DAY_S = 86_400.0
 NOW_S = 1_800_000_000.0
@@ -234,9 +234,7 @@ def test_what_fails_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
             monkeypatch.setattr(JobStore, "ended", fail_once)
             running = asyncio.create_task(s.retention(days=1).run())
-            async with asyncio.timeout(30):
-                while not s.removed("age"):
-                    await asyncio.sleep(0.01)
+            await until(lambda: s.removed("age") > 0)
             running.cancel()
 
     asyncio.run(scenario())
