@@ -29,12 +29,14 @@ from cinecat.server.backlog import Backlog, Limits
 from cinecat.server.checkpoints import Checkpoints
 from cinecat.server.core_process import CoreProcess
 from cinecat.server.costs import Costs
+from cinecat.server.database import DatabaseError
 from cinecat.server.inputs import JobInputs
 from cinecat.server.jobs import Jobs
 from cinecat.server.metrics import Metrics
 from cinecat.server.models import describe_model
 from cinecat.server.policy import POLICIES
 from cinecat.server.render import CheckpointRule, Renderer
+from cinecat.server.retention import Retention
 from cinecat.server.scheduler import Scheduler
 from cinecat.server.services.errors import ErrorInterceptor
 from cinecat.server.services.generation import GenerationService
@@ -121,7 +123,7 @@ async def running(settings: Settings, hurry: asyncio.Event) -> AsyncIterator[Run
         metrics_port = stack.enter_context(_metrics_endpoint(settings, registry))
         folder = settings.data_dir.expanduser()
         stack.enter_context(_sole_use_of(folder))
-        store = await asyncio.to_thread(_open_store, folder)
+        store = await asyncio.to_thread(_open_store, settings, folder)
         inputs = JobInputs(folder / "inputs")
         installed = await asyncio.to_thread(_open_installed, folder / "styles")
         checkpoints = await asyncio.to_thread(_open_checkpoints, folder / "checkpoints")
@@ -129,6 +131,7 @@ async def running(settings: Settings, hurry: asyncio.Event) -> AsyncIterator[Run
         stack.push_async_callback(jobs.close)
         artifacts = await asyncio.to_thread(_open_artifacts, settings.artifact_url or str(folder / "artifacts"))
         stack.callback(artifacts.close)
+        await asyncio.to_thread(_check_owner, artifacts, await jobs.ask_store(lambda opened: opened.identity))
 
         core = CoreProcess(_core_config(settings), metrics)
         stack.push_async_callback(core.stop)
@@ -155,6 +158,9 @@ async def running(settings: Settings, hurry: asyncio.Event) -> AsyncIterator[Run
         scheduler = Scheduler(jobs, renderer, core, backlog, policy, metrics, on_core_state)
         for live in await jobs.restore():
             scheduler.enqueue(live)
+        retention = Retention(jobs, artifacts, settings.retain_days, settings.retain_gib, metrics)
+        keeper = asyncio.create_task(retention.run())
+        stack.push_async_callback(_cancelled, keeper)
         generation = GenerationService(jobs, scheduler, model, catalogue, artifacts)
         generation_pb2_grpc.add_GenerationServicer_to_server(generation, server)
         styles = StylesService(catalogue, installer, inputs, core)
@@ -255,11 +261,29 @@ def _registry(settings: Settings, installed: InstalledStyles) -> StyleRegistry:
     return StyleRegistry([FolderSource(BUNDLED, Origin.BUNDLED), *folders, installed.source, PackageSource()])
 
 
-def _open_store(folder: Path) -> JobStore:
+def _open_store(settings: Settings, folder: Path) -> JobStore:
     try:
-        return JobStore(folder / "jobs.sqlite")
-    except Exception as error:
-        raise SettingsError(f"data_dir: {folder} cannot hold the job database: {error}") from error
+        return JobStore(settings.database_url or folder / "jobs.sqlite")
+    except DatabaseError as error:
+        raise SettingsError(f"{error}") from error
+
+
+def _check_owner(artifacts: ArtifactStore, identity: str) -> None:
+    """Each server takes files that its database does not know for orphans, so two must not share a folder."""
+    try:
+        owner = artifacts.owner()
+    except ArtifactError as error:
+        raise SettingsError(f"artifact_url: {error}") from error
+    if owner not in ("", identity):
+        raise SettingsError(
+            "artifact_url: the clips there belong to another job database; name another folder, or delete the file "
+            "'owner' in it to keep them beside this database's"
+        )
+
+
+async def _cancelled(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.wait([task])
 
 
 def _core_config(settings: Settings) -> CoreConfig:

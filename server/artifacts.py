@@ -12,6 +12,7 @@ import re
 import secrets
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,6 +86,7 @@ class ArtifactStore:
             self._fs: Any = fs
             self._root = str(root).rstrip("/")
             self._local = isinstance(fs, LocalFileSystem)
+            self._readers: Counter[str] = Counter()
             if self._local:
                 # Beside the jobs, so that publishing is a rename within one filesystem.
                 self._scratch = Path(self._root) / ".scratch"
@@ -145,6 +147,44 @@ class ArtifactStore:
         folder = self._folder(job_id)
         with _explained(f"delete the artifacts of job {job_id}"), contextlib.suppress(FileNotFoundError):
             self._fs.rm(folder, recursive=True)
+
+    @contextlib.contextmanager
+    def being_read(self, job_id: str) -> Iterator[None]:
+        """Keeps `is_being_read` true for a job. Both are for one thread."""
+        self._readers[job_id] += 1
+        try:
+            yield
+        finally:
+            self._readers[job_id] -= 1
+            if not self._readers[job_id]:
+                del self._readers[job_id]
+
+    def is_being_read(self, job_id: str) -> bool:
+        return job_id in self._readers
+
+    def job_ids(self) -> list[str]:
+        """The jobs that left something behind, from one listing. Raises ArtifactError."""
+        try:
+            with _explained("list the artifacts"):
+                paths = self._fs.ls(f"{self._root}/jobs", detail=False)
+        except ArtifactNotFoundError:
+            return []
+        names = (str(path).rstrip("/").rpartition("/")[2] for path in paths)
+        return sorted({name for name in names if _JOB_ID.fullmatch(name)})
+
+    def owner(self) -> str:
+        """The identity of the job database whose artifacts these are; empty when none has claimed them."""
+        try:
+            with _explained("read the owner of the artifacts"):
+                return bytes(self._fs.cat_file(f"{self._root}/owner")).decode(errors="replace").strip()
+        except ArtifactNotFoundError:
+            return ""
+
+    def claim(self, identity: str) -> None:
+        """Writes down whose artifacts these are. Raises ArtifactError."""
+        with _explained("write the owner of the artifacts"):
+            self._fs.makedirs(self._root, exist_ok=True)
+            self._fs.pipe_file(f"{self._root}/owner", identity.encode())
 
     def close(self) -> None:
         """Removes the scratch folder of a store whose files live elsewhere."""

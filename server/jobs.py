@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,7 +27,7 @@ from cinecat.server.errors import RequestError, ShuttingDown, unknown_job
 from cinecat.server.inputs import NO_WEIGHTS, JobInputs
 from cinecat.server.lifecycle import FINAL_STATES, check_transition, state_name
 from cinecat.server.metrics import Metrics
-from cinecat.server.store import JobStore, StoredJob
+from cinecat.server.store import JobFilter, JobStore, StoredJob
 from cinecat.v1 import job_pb2 as pb
 
 if TYPE_CHECKING:
@@ -193,9 +193,9 @@ class Jobs:
     async def by_request_id(self, tenant: str, request_id: str) -> StoredJob | None:
         return await self._in_store(lambda: self._store.by_request_id(tenant, request_id))
 
-    async def page(self, size: int, before: tuple[int, str] | None, states: Sequence[int]) -> list[pb.Job]:
+    async def page(self, size: int, before: tuple[int, str] | None, wanted: JobFilter) -> list[pb.Job]:
         """Newest first, with the progress of those that run."""
-        stored = await self._in_store(lambda: self._store.page(size, before, states))
+        stored = await self._in_store(lambda: self._store.page(size, before, wanted))
         return [live.known if (live := self._live.get(job.job_id)) else job for job in stored]
 
     async def transition(self, live: LiveJob, state: State, change: Callable[[pb.Job], object] | None = None) -> None:
@@ -406,6 +406,10 @@ class Jobs:
             with contextlib.suppress(OSError):
                 self._inputs.delete(event.job.job_id)
             self._checkpoints.delete(event.job.job_id)
+
+    async def ask_store(self, work: Callable[[JobStore], T]) -> T:
+        """Runs what is no transition on the one thread that uses the store."""
+        return await self._in_store(partial(work, self._store))
 
     async def _in_store(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._writer, work)

@@ -66,6 +66,12 @@ class Metrics:
         self.checkpoint_seconds = Histogram(
             "cinecat_checkpoint_seconds", "Writing one checkpoint.", buckets=_SECONDS, registry=registry
         )
+        self.jobs_removed = Counter(
+            "cinecat_jobs_removed",
+            "Jobs removed for their age or for the size of all clips, or of which only files were left.",
+            ["reason"],
+            registry=registry,
+        )
         self.queue_depth = Gauge("cinecat_queue_depth", "Jobs waiting for the engine core.", registry=registry)
         self.core_restarts = Counter("cinecat_core_restarts", "Engine cores started after one died.", registry=registry)
         self.requests_refused = Counter(

@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator
 
 from cinecat.engines.backends.store_folder import DEFAULT_MAX_GIB, default_engine_folder
+from cinecat.server.database import check_url, masked
 
 ENVIRONMENT_PREFIX = "CINECAT_"
 
@@ -21,6 +22,9 @@ _OTHER_VARIABLES = frozenset({"CINECAT_SERVER", "CINECAT_TENANT", "CINECAT_CONFI
 
 # Set by Kubernetes in every pod beside a Service named cinecat.
 _SERVICE_LINKS = re.compile(r"CINECAT_(PORT|SERVICE)(_.*)?")
+
+
+_MAY_HOLD_PASSWORDS = frozenset({"database_url"})
 
 
 class SettingsError(ValueError):
@@ -46,7 +50,7 @@ Port = Annotated[int, Field(ge=0, le=65535)]
 class Settings(BaseModel):
     """What an operator may decide. `cinecat serve --print-config` shows the values in force."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     address: str = Field("127.0.0.1:50051", description="host:port of the gRPC services; port 0 picks a free one")
     metrics_host: str = Field("127.0.0.1", description="host of the Prometheus endpoint")
@@ -100,7 +104,27 @@ class Settings(BaseModel):
     engine_cache_gib: float = Field(DEFAULT_MAX_GIB, gt=0, le=1_000_000, description="of all of them at most")
 
     data_dir: Path = Field(default_factory=_state_folder, description="job database, inputs and uploaded styles")
+    database_url: str = Field(
+        "",
+        repr=False,
+        description="postgresql+psycopg://USER:PASSWORD@HOST/DATABASE for the job database; empty is a SQLite file in "
+        "data_dir",
+    )
     artifact_url: str = Field("", description="fsspec URL for finished clips; empty puts them into data_dir")
+    retain_days: float = Field(
+        0.0,
+        ge=0,
+        le=36_500,
+        description="how long a job that has ended is kept, with its files; 0 keeps it for ever, and is the default "
+        "because nobody gets back what a server deletes unasked",
+    )
+    retain_gib: float = Field(
+        0.0,
+        ge=0,
+        le=1_000_000_000,
+        description="of all finished clips at most: the oldest go first, none within ten minutes of its end; 0 is no "
+        "limit",
+    )
     styles_dirs: tuple[Path, ...] = Field((), description="folders of styles beside the bundled ones, ':' between them")
 
     max_style_mib: int = Field(2048, ge=1, le=1_048_576, description="size of an uploaded style's weights file")
@@ -157,6 +181,17 @@ class Settings(BaseModel):
     @classmethod
     def _none_when_empty(cls, value: object) -> object:
         return None if value == "" else value
+
+    @field_validator("database_url")
+    @classmethod
+    def _is_a_database(cls, value: str) -> str:
+        if value:
+            check_url(value)
+        return value
+
+    @field_serializer("database_url")
+    def _without_password(self, value: str) -> str:
+        return masked(value) if value else value
 
     @field_validator("address")
     @classmethod
@@ -229,4 +264,5 @@ def _near_miss(key: str) -> str:
 
 def _problem(detail: Any, origins: Mapping[str, str]) -> str:
     key = str(detail["loc"][0])
-    return f"{origins.get(key, key)}: {detail['msg'].removeprefix('Value error, ')}, got {detail['input']!r}"
+    problem = f"{origins.get(key, key)}: {detail['msg'].removeprefix('Value error, ')}"
+    return problem if key in _MAY_HOLD_PASSWORDS else f"{problem}, got {detail['input']!r}"

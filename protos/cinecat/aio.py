@@ -5,6 +5,7 @@ import os
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterable, Iterator
 from contextlib import aclosing
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, TypeVar, Unpack, overload
@@ -113,9 +114,16 @@ class AsyncClient:
     async def job(self, job_id: str) -> Job:
         return job_from_proto(await self._get_job(job_id))
 
-    async def jobs(self, states: Iterable[JobState | str] = ()) -> AsyncIterator[Job]:
-        """All jobs in one of `states` (none means all), newest first. Pages are fetched as they are needed."""
-        request = list_request(states)
+    async def jobs(
+        self,
+        states: Iterable[JobState | str] = (),
+        *,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        style: str = "",
+    ) -> AsyncIterator[Job]:
+        """All jobs that the filters let through, newest first; `Client.jobs` says what they mean."""
+        request = list_request(states, since, until, style)
         while True:
             page = await self._call(self._generation.ListJobs, request)
             for job in page.jobs:

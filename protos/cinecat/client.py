@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, TypeVar, Unpack, overload
@@ -112,9 +113,20 @@ class Client:
     def job(self, job_id: str) -> Job:
         return job_from_proto(self._get_job(job_id))
 
-    def jobs(self, states: Iterable[JobState | str] = ()) -> Iterator[Job]:
-        """All jobs in one of `states` (none means all), newest first. Pages are fetched as they are needed."""
-        request = list_request(states)
+    def jobs(
+        self,
+        states: Iterable[JobState | str] = (),
+        *,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        style: str = "",
+    ) -> Iterator[Job]:
+        """All jobs in one of `states` (none means all), newest first. Pages are fetched as they are needed.
+
+        `since` and `until` bound the time of creation, `until` excluded; a datetime without a time zone is local time.
+        `style` is the name of one that the clip wears.
+        """
+        request = list_request(states, since, until, style)
         while True:
             page = self._call(self._generation.ListJobs, request)
             yield from map(job_from_proto, page.jobs)

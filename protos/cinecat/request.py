@@ -8,6 +8,7 @@ import operator
 import re
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Literal, Required, TypedDict, TypeVar, Unpack, cast
 
 from cinecat import image, styles
@@ -99,9 +100,26 @@ def build_clip(**arguments: Unpack[ClipArguments]) -> clip_pb2.ClipSpec:
     return clip
 
 
-def list_request(states: Iterable[JobState | str]) -> generation_pb2.ListJobsRequest:
-    """The request for the first page of the jobs in `states`. Raises InvalidRequest for a state that is none."""
-    request = generation_pb2.ListJobsRequest()
+def list_request(
+    states: Iterable[JobState | str] = (),
+    since: datetime | None = None,
+    until: datetime | None = None,
+    style: str = "",
+) -> generation_pb2.ListJobsRequest:
+    """The request for the first page of the jobs that `Client.jobs` is asked for.
+
+    Raises InvalidRequest for a state that is none and for moments in the wrong order.
+    """
+    violations: list[FieldViolation] = []
+    request = generation_pb2.ListJobsRequest(style=_text("style", style, violations))
+    if violations:
+        raise refuse(violations)
+    if since is not None:
+        request.created_after.FromDatetime(since.astimezone(UTC))
+    if until is not None:
+        request.created_before.FromDatetime(until.astimezone(UTC))
+    if since is not None and until is not None and until.astimezone(UTC) <= since.astimezone(UTC):
+        raise refuse([FieldViolation("created_before", f"{until} is not later than {since}, where the span begins")])
     known = [state.value for state in JobState if state is not JobState.UNKNOWN]
     for index, state in enumerate(states):
         if state not in known:

@@ -19,6 +19,7 @@ from cinecat.server.jobs import Jobs
 from cinecat.server.lifecycle import state_name
 from cinecat.server.request_options import check_previews, check_priority
 from cinecat.server.scheduler import Scheduler
+from cinecat.server.services.listing import job_filter
 from cinecat.server.services.paging import decode_token, encode_token, page_size
 from cinecat.server.services.tenants import tenant_of
 from cinecat.server.styles import StyleCatalogue
@@ -76,20 +77,11 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
     async def ListJobs(  # noqa: N802
         self, request: generation_pb2.ListJobsRequest, context: Context
     ) -> generation_pb2.ListJobsResponse:
-        known = job_pb2.JobState.values()
-        if len(request.states) > len(known):
-            raise invalid([Violation("states", f"names {len(request.states)} states, there are {len(known)}")])
-        violations = [
-            Violation(f"states[{index}]", f"{state} is not a JobState")
-            for index, state in enumerate(request.states)
-            if state not in known or state == job_pb2.JOB_STATE_UNSPECIFIED
-        ]
-        if violations:
-            raise invalid(violations)
+        wanted = job_filter(request)
         size = page_size(request.page_size)
         position = decode_token(request.page_token, int, str)
         before = None if position is None else (int(position[0]), str(position[1]))
-        jobs = await self._jobs.page(size + 1, before, list(request.states))
+        jobs = await self._jobs.page(size + 1, before, wanted)
         response = generation_pb2.ListJobsResponse(jobs=jobs[:size])
         if len(jobs) > size:
             last = jobs[size - 1]
@@ -110,11 +102,12 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
                 f"offset: {request.offset} is not between 0 and {artifact.size_bytes}, the size of {artifact.name}",
                 [Violation("offset", f"{request.offset} is not between 0 and {artifact.size_bytes}")],
             )
-        chunks = await asyncio.to_thread(self._artifacts.open_range, job.job_id, artifact.name, request.offset)
-        offset = request.offset
-        while (data := await asyncio.to_thread(next, chunks, None)) is not None:
-            yield generation_pb2.DownloadChunk(offset=offset, data=data, total_size_bytes=artifact.size_bytes)
-            offset += len(data)
+        with self._artifacts.being_read(job.job_id):
+            chunks = await asyncio.to_thread(self._artifacts.open_range, job.job_id, artifact.name, request.offset)
+            offset = request.offset
+            while (data := await asyncio.to_thread(next, chunks, None)) is not None:
+                yield generation_pb2.DownloadChunk(offset=offset, data=data, total_size_bytes=artifact.size_bytes)
+                offset += len(data)
 
     async def _accept(self, request: Request, context: Context, *, detached: bool) -> job_pb2.Job:
         """Turns a request into a persisted, queued job, or finds the one that it already became."""
@@ -122,6 +115,8 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
         if len(request_id) > _MAX_REQUEST_ID:
             allowed = f"has {len(request_id)} characters, at most {_MAX_REQUEST_ID} are allowed"
             raise invalid([Violation("request_id", allowed)])
+        if "\0" in request_id:
+            raise invalid([Violation("request_id", "holds the character U+0000; any other is allowed")])
         request_hash = await asyncio.to_thread(_hash, clip)
         if request_id and (earlier := await self._jobs.by_request_id(tenant, request_id)) is not None:
             return _same_request(earlier.job, earlier.request_hash == request_hash)

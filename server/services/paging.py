@@ -47,4 +47,4 @@ def decode_token(token: str, *types: type) -> tuple[int | str, ...] | None:
 
 def _is_in_a_list(part: int | str) -> bool:
     """Whether a database can compare with it: a forged token must not become an internal error."""
-    return 0 <= part < 2**63 if isinstance(part, int) else part.isascii()
+    return 0 <= part < 2**63 if isinstance(part, int) else part.isascii() and "\0" not in part

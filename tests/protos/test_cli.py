@@ -386,6 +386,18 @@ def test_jobs_can_be_filtered_by_state(script: Script) -> None:
     assert list(script.requests(generation_pb2.ListJobsRequest)[0].states) == [job_pb2.JOB_STATE_QUEUED]
 
 
+def test_jobs_can_be_filtered_by_time_and_style(script: Script) -> None:
+    assert run(["jobs", "--since", "2026-11-25", "--until", "2026-11-25T18:30", "--style", "noir"]) == 0
+    request = script.requests(generation_pb2.ListJobsRequest)[0]
+    span = request.created_before.ToMicroseconds() - request.created_after.ToMicroseconds()
+    assert (span, request.style) == (18.5 * 3600e6, "noir")
+
+
+def test_a_time_that_is_none_is_refused(capsys: Captured) -> None:
+    assert run(["jobs", "--since", "yesterday"]) == 2
+    assert "--since" in capsys.readouterr().err
+
+
 def test_watching_ends_with_the_clip(script: Script, capsys: Captured) -> None:
     script.watch.append([denoising(1), succeeded(2)])
     assert run(["jobs", "watch", "job-1", "--json"]) == 0

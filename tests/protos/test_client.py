@@ -1,5 +1,6 @@
 """How the two clients behave when all goes well and when the connection does not."""
 
+from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
 
@@ -273,6 +274,21 @@ def test_jobs_come_from_all_pages(script: Script, twin: Twin) -> None:
     assert [job.state for job in twin.jobs(states=["succeeded", JobState.QUEUED])] == ["succeeded", "queued"]
     first = script.requests(generation_pb2.ListJobsRequest)[0]
     assert list(first.states) == [job_pb2.JOB_STATE_SUCCEEDED, job_pb2.JOB_STATE_QUEUED]
+
+
+def test_jobs_are_asked_for_by_time_and_style(script: Script, twin: Twin) -> None:
+    since = datetime(2026, 11, 25, 18, 30, 0, 250, tzinfo=UTC)
+    twin.jobs(since=since, until=datetime(2026, 11, 26), style="noir")
+    for request in script.requests(generation_pb2.ListJobsRequest):
+        assert request.created_after.ToDatetime(UTC) == since
+        assert request.created_before.ToDatetime(UTC) == datetime(2026, 11, 26).astimezone(UTC)  # local time
+        assert request.style == "noir"
+
+
+@pytest.mark.parametrize("until", [datetime(2026, 11, 25, tzinfo=UTC), datetime(2026, 11, 24, tzinfo=UTC)])
+def test_a_span_that_ends_before_it_begins_is_refused(twin: Twin, until: datetime) -> None:
+    with pytest.raises(InvalidRequest, match="created_before"):
+        twin.jobs(since=datetime(2026, 11, 25, tzinfo=UTC), until=until)
 
 
 def test_a_state_that_is_none_is_refused(twin: Twin) -> None:

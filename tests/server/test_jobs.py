@@ -11,6 +11,7 @@ import pytest
 
 from cinecat.server.errors import RequestError, ShuttingDown
 from cinecat.server.jobs import Jobs, LiveJob
+from cinecat.server.store import JobFilter
 from cinecat.v1 import job_pb2 as pb
 from tests.server.samples import FRAME, PATH_TO_SUCCESS, front, move, new_job, until
 
@@ -371,7 +372,7 @@ def test_a_job_whose_caller_vanishes_while_it_is_accepted_is_known_or_not_stored
             live = f.jobs.live("job")
             assert live is not None
             assert live.grace is not None
-            assert await f.jobs.page(10, None, [QUEUED]) == [live.job]
+            assert await f.jobs.page(10, None, JobFilter([QUEUED])) == [live.job]
 
     asyncio.run(scenario())
 
@@ -400,7 +401,7 @@ def test_a_job_that_cannot_be_stored_is_not_accepted(tmp_path: Path) -> None:
                 await f.accept(new_job("job"))
             assert refused.value.code is grpc.StatusCode.UNAVAILABLE
             assert f.jobs.live("job") is None
-            assert await f.jobs.page(10, None, []) == []
+            assert await f.jobs.page(10, None, JobFilter()) == []
             assert list((tmp_path / "inputs").iterdir()) == []
 
     asyncio.run(scenario())
@@ -428,7 +429,7 @@ def test_lists_show_the_progress_of_what_runs(tmp_path: Path) -> None:
             await move(f.jobs, live, CONDITIONING, DENOISING)
             live.job.progress.step = 2
             f.jobs.progress(live)
-            (listed,) = await f.jobs.page(10, None, [DENOISING])
+            (listed,) = await f.jobs.page(10, None, JobFilter([DENOISING]))
             assert listed.progress.step == (await f.jobs.get(live.job_id)).progress.step == 2
 
     asyncio.run(scenario())

@@ -25,6 +25,7 @@ LABELS = {
     "cinecat_preemptions": set(),
     "cinecat_resumes": set(),
     "cinecat_checkpoint_seconds": set(),
+    "cinecat_jobs_removed": {"reason"},
     "cinecat_queue_depth": set(),
     "cinecat_core_restarts": set(),
     "cinecat_requests_refused": {"method", "code"},
@@ -102,6 +103,7 @@ def test_no_metric_has_a_label_that_grows_with_use(tmp_path: Path) -> None:
             f.metrics.stage(StageTime("mux", 1.0))
             f.metrics.step_seconds.labels("uniform").observe(1.0)
             f.metrics.engine_steps.labels("torch").inc()
+            f.metrics.jobs_removed.labels("age").inc()
             f.metrics.requests_refused.labels("Generate", "NOT_FOUND").inc()
             labels: dict[str, set[str]] = {family.name: set() for family in f.registry.collect()}
             for family in f.registry.collect():

@@ -37,7 +37,10 @@ TYPED = {
     "engine_cache_dir": "engines",
     "engine_cache_gib": "5.5",
     "data_dir": "data",
+    "database_url": "postgresql+psycopg://cinecat@db/jobs",
     "artifact_url": "memory://clips",
+    "retain_days": "30.5",
+    "retain_gib": "500.5",
     "styles_dirs": "styles",
     "max_style_mib": "512",
     "max_queue": "5",
@@ -178,6 +181,34 @@ def test_every_setting_is_a_flag_of_serve() -> None:
     assert shown.pop("engine_options") == ["version_compatible", "ampere_plus"]
     assert shown.pop("engine_sizes") == ["832x480x81", "1280x720x81"]
     assert {name: f"{value}" for name, value in shown.items()} == PRINTED
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgres://u:secret-word@h/d",
+        "mysql://u:secret-word@h/d",
+        "postgresql+psycopg://u:secret-word@h:secret-word/d",
+        "secret-word",
+    ],
+)
+def test_a_database_of_another_kind_is_refused_without_its_password(url: str) -> None:
+    message = refusal(environment={"CINECAT_DATABASE_URL": url})
+    assert message.startswith("CINECAT_DATABASE_URL: ")
+    assert "postgresql+psycopg://USER@HOST/DATABASE" in message
+    assert "secret-word" not in message
+
+
+@pytest.mark.usefixtures("bare_environment")
+@pytest.mark.parametrize("url", ["://u:secret-word@h/d", "://u@h/d?password=secret-word&sslpassword=secret-word"])
+def test_the_password_of_the_database_is_shown_nowhere(url: str) -> None:
+    settings = load_settings({"database_url": f"postgresql+psycopg{url}"}, {})
+    assert "secret-word" in settings.database_url
+    app = typer.Typer()
+    app.command()(serve)
+    shown = CliRunner().invoke(app, ["--print-config", "--database-url", settings.database_url])
+    assert json.loads(shown.stdout)["database_url"].startswith("postgresql+psycopg://u")
+    assert "secret-word" not in f"{shown.output} {settings!r} {settings}"
 
 
 @pytest.mark.usefixtures("bare_environment")

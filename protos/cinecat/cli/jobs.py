@@ -1,8 +1,9 @@
 """`cinecat jobs`: what the server does and did."""
 
+from datetime import datetime
 from itertools import islice
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -16,6 +17,13 @@ HEADER = ("JOB", "STATE", "PROGRESS", "PRIORITY", "CREATED", "SIZE", "FRAMES", "
 
 app = typer.Typer(help="List jobs; show, watch, cancel or download one.", rich_markup_mode=None)
 
+# As people and ISO 8601 write them.
+_MOMENTS = ["%Y-%m-%d", "%Y-%m-%dT%H:%M", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%d %H:%M", "%Y-%m-%d %H:%M:%S"]
+
+
+def _moment(flag: str, explanation: str) -> Any:
+    return typer.Option(flag, formats=_MOMENTS, metavar="TIME", help=f"{explanation} E.g. 2026-11-25T18:30.")
+
 
 @app.callback(invoke_without_command=True)
 def jobs(
@@ -24,6 +32,11 @@ def jobs(
         list[JobState] | None,
         typer.Option("--state", metavar="STATE", help="Only jobs in this state, e.g. queued; may be repeated."),
     ] = None,
+    since: Annotated[datetime | None, _moment("--since", "Only jobs created then or later; local time.")] = None,
+    until: Annotated[datetime | None, _moment("--until", "Only jobs created before; local time.")] = None,
+    style: Annotated[
+        str, typer.Option("--style", metavar="NAME", help="Only jobs whose clip wears this style, in any version.")
+    ] = "",
     limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="At most this many.")] = 20,
     server: Server = DEFAULT_ADDRESS,
     tenant: Tenant = "",
@@ -33,7 +46,7 @@ def jobs(
     if context.invoked_subcommand:
         return
     with connect(server, tenant) as client:
-        found = list(islice(client.jobs(state or ()), limit))
+        found = list(islice(client.jobs(state or (), since=since, until=until, style=style), limit))
     if as_json:
         out.show_json({"jobs": [out.job_json(job) for job in found]})
         return
