@@ -11,7 +11,6 @@ from cinecat.engines.training.styles.recipe import TARGETS, StyleRecipe
 from cinecat.engines.training.styles.trainer import add_lora
 from tests.engines.samples import slot_targets, small_transformer
 
-
 _LAYERS = 2
 
 
