@@ -28,7 +28,7 @@ demo: $(VENV)/.installed ## serve the bundled model, make three clips, write the
 	$(BIN)/python -m cinecat.server.demo --out out
 
 test: lint types ## lint, types and tests
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile
 
 test-slow: $(VENV)/.installed ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow --timeout=1800

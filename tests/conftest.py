@@ -9,14 +9,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from numpy.typing import NDArray
 from PIL import Image
 
-# Before anything imports torch: tests share few CPUs with the servers that they start.
+# Before anything imports torch: tests share few CPUs with each other and with the servers that they start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Tests start without engines, whatever was built on this machine.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="cinecat-tests-")
+
+# On a busy machine an example takes as long as it takes.
+settings.register_profile("cinecat", deadline=None)
+settings.load_profile("cinecat")
 
 
 @pytest.fixture(scope="session")

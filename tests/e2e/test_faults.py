@@ -92,7 +92,7 @@ def test_a_job_survives_the_death_of_its_core_and_fails_at_the_second(
         assert not list((tmp_path / "data" / "inputs").iterdir())
 
 
-def test_sigterm_keeps_what_it_cannot_finish_for_the_next_start(
+def test_sigterm_keeps_what_it_cannot_finish_for_the_next_start_and_lets_a_short_job_finish(
     start_server: object, tmp_path: Path, long_clip: clip_pb2.ClipSpec
 ) -> None:
     with (
@@ -119,12 +119,8 @@ def test_sigterm_keeps_what_it_cannot_finish_for_the_next_start(
         done = list(generation.Watch(generation_pb2.WatchRequest(job_id=waiting.job_id)))
         assert done[-1].job.state == pb.JOB_STATE_SUCCEEDED
 
-
-def test_sigterm_lets_the_running_job_finish(
-    start_server: object, tmp_path: Path, small_clip: clip_pb2.ClipSpec
-) -> None:
-    with start_server(tmp_path) as server, grpc.insecure_channel(server.address) as channel:  # type: ignore[operator]
-        stream = Stub(channel).Generate(generation_pb2.GenerateRequest(clip=small_clip))
+        long_clip.steps = 2
+        stream = generation.Generate(generation_pb2.GenerateRequest(clip=long_clip))
         until(stream, pb.JOB_STATE_CONDITIONING)
         server.process.send_signal(signal.SIGTERM)
         assert list(stream)[-1].job.state == pb.JOB_STATE_SUCCEEDED

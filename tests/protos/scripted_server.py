@@ -116,12 +116,18 @@ def bad_request(code: grpc.StatusCode, *violations: tuple[str, str]) -> Break:
 
 @dataclass
 class Script(GenerationServicer, StylesServicer, ModelsServicer):
-    """Each call of a streaming method plays the next of its streams; a unary method answers the same every time."""
+    """Each call of a streaming method plays the next of its streams; a unary method answers the same every time.
+
+    Attributes:
+        early_break: what InstallStyle answers to the first message, every time: an answer that meets a client that
+            still writes may be lost, and then the client sends again. The other breaks wait for the last message.
+    """
 
     generate: deque[list[Step]] = field(default_factory=deque)
     watch: deque[list[Step]] = field(default_factory=deque)
     download: deque[list[Step]] = field(default_factory=deque)
     unary_breaks: deque[Break] = field(default_factory=deque)
+    early_break: Break | None = None
     finished_job: job_pb2.Job = field(default_factory=succeeded_job)
     asked: list[object] = field(default_factory=list)
     tenants: list[str | None] = field(default_factory=list)
@@ -181,8 +187,10 @@ class Script(GenerationServicer, StylesServicer, ModelsServicer):
         parts = []
         for part in request_iterator:
             parts.append(part)
-            if self.unary_breaks:
-                _break(self.unary_breaks.popleft(), context)
+            if self.early_break is not None:
+                _break(self.early_break, context)
+        if self.unary_breaks:
+            _break(self.unary_breaks.popleft(), context)
         self.uploads.append(parts)
         return styles_pb2.InstallStyleResponse(style=_style(_sent_name(parts)), notes=["made for [another] model"])
 

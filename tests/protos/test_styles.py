@@ -135,7 +135,7 @@ def test_a_file_that_vanishes_while_it_is_sent_is_the_error(twin: Twin, folder: 
 def test_the_servers_refusals_have_their_types(
     script: Script, twin: Twin, folder: Path, code: grpc.StatusCode, kind: type[Exception]
 ) -> None:
-    script.unary_breaks.append(bad_request(code, ("upload.toml", "dusk 1.0.0 exists")))
+    script.early_break = bad_request(code, ("upload.toml", "dusk 1.0.0 exists"))
     with pytest.raises(kind, match=r"dusk 1\.0\.0 exists"):
         twin.call("install_style", folder)
 

@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
 from cinecat.engines.checkpoint import find_checkpoint
-from cinecat.engines.model import load_model
+from cinecat.engines.model import load_model, load_transformer
 from cinecat.engines.stages import encode_condition, encode_text
 from cinecat.engines.tiny import TinyConfig, build_tiny
 from cinecat.engines.training.dit import DitRecipe, initialise, predict, train_dit
@@ -72,6 +72,20 @@ def micro_latents(count: int = 6) -> LatentSet:
 def micro_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("micro") / "wan-micro"
     build_tiny(folder, MICRO)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plan() -> TrainingPlan:
+    stage = Stage("dit", 16, replace(DIT_RECIPE, steps=1), side=32, frames=5, clips=4, probes=4)
+    return TrainingPlan(vae=replace(VAE_RECIPE, steps=1), stages=(stage,), model=MICRO)
+
+
+@pytest.fixture(scope="module")
+def trained(plan: TrainingPlan, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the plan makes, `trained`, and what it works in, `work`."""
+    folder = tmp_path_factory.mktemp("plan")
+    train_tiny(folder / "trained", folder / "work", plan)
     return folder
 
 
@@ -153,24 +167,23 @@ def test_statistics_are_per_channel() -> None:
     assert std == pytest.approx([2**0.5, 2**0.5])
 
 
-def test_a_plan_writes_a_folder_that_loads(tmp_path: Path) -> None:
-    stage = Stage("dit", 16, replace(DIT_RECIPE, steps=1), side=32, frames=5, clips=4, probes=4)
-    plan = TrainingPlan(vae=replace(VAE_RECIPE, steps=1), stages=(stage,), model=MICRO)
-    train_tiny(tmp_path / "trained", tmp_path / "work", plan)
-    model = load_model(find_checkpoint(str(tmp_path / "trained")), "cpu", "float32")
+def test_a_plan_writes_a_folder_that_loads(trained: Path) -> None:
+    model = load_model(find_checkpoint(str(trained / "trained")), "cpu", "float32")
     assert len(set(model.vae.config.latents_std)) == 16
     assert next(model.transformer.parameters()).dtype == torch.float32
 
 
-def test_a_stage_that_is_blended_in_goes_a_part_of_the_way(tmp_path: Path) -> None:
-    first = Stage("first", 16, replace(DIT_RECIPE, steps=1), side=32, frames=5, clips=4, probes=4)
+def test_a_stage_that_is_blended_in_goes_a_part_of_the_way(
+    trained: Path, plan: TrainingPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cinecat.engines.training.recipe.draw_curves", lambda *arguments: None)
+    (first,) = plan.stages
     weights = []
     for share in (0.0, 0.5, 1.0):
-        stages = (first, replace(first, name=f"second-{share}", blend=share))
-        plan = TrainingPlan(vae=replace(VAE_RECIPE, steps=1), stages=stages, model=MICRO)
-        train_tiny(tmp_path / f"{share}", tmp_path / "work", plan)
-        model = load_model(find_checkpoint(str(tmp_path / f"{share}")), "cpu", "float32")
-        weights.append(model.transformer.blocks[0].ffn.net[2].weight)
+        blended = replace(plan, stages=(first, replace(first, name=f"second-{share}", blend=share)))
+        train_tiny(tmp_path / f"{share}", trained / "work", blended)
+        transformer = load_transformer(find_checkpoint(str(tmp_path / f"{share}")), "cpu", "float32")
+        weights.append(transformer.blocks[0].ffn.net[2].weight)
     assert not torch.equal(weights[0], weights[2])
     torch.testing.assert_close(weights[1], (weights[0] + weights[2]) / 2, rtol=0, atol=1e-3)
 

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
 from cinecat.engines import commands
-from cinecat.engines.training.styles import session, trainer
+from cinecat.engines.training.styles import plugin, session, trainer
 from cinecat.engines.training.styles.recipe import StyleRecipe
 from cinecat.plugins.manifest import read_manifest
 from tests.engines.quality.samples import random_lpips_weights
@@ -63,6 +63,7 @@ def test_clips_become_a_style_that_the_engine_renders(
 def test_a_second_training_encodes_nothing_again(
     options: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(plugin, "draw_curves", lambda *arguments: None)
     assert run(*options, "--name", "one", "--no-preview").exit_code == 0
     monkeypatch.setattr(session, "load_encoders", None)
     result = run(*options, "--name", "two", "--rank", 1, "--no-preview")
@@ -140,7 +141,10 @@ def test_lpips_decides_where_its_weights_are_given_and_log_and_card_say_so(
     assert (folder / "training.csv").read_text().startswith("step,seconds,schedule,loss,validation_loss,lpips\n")
 
 
-def test_another_criterion_begins_a_new_training(options: list[object], lpips_weights: Path, tmp_path: Path) -> None:
+def test_another_criterion_begins_a_new_training(
+    options: list[object], lpips_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plugin, "draw_curves", lambda *arguments: None)
     asked = [*options, "--name", "dusk", "--no-preview"]
     assert run(*asked).exit_code == 0
     asked += ["--lpips-weights", lpips_weights]
