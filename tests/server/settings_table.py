@@ -35,19 +35,20 @@ folders in `styles_dirs` are separated by `:`, or are a list in the TOML file.
 _DATABASE = """
 ## The job database
 
-By default the jobs are in a SQLite file, `jobs.sqlite` in `data_dir`. `database_url` puts them into PostgreSQL 13 or newer
-instead, for back-ups and monitoring beside those of your other databases: `pip install 'cinecat[postgres]'`, create an
-empty database, and give the server a URL such as `postgresql+psycopg://cinecat:PASSWORD@db.example.net/cinecat`. Best give
-it in `CINECAT_DATABASE_URL`, where other users do not see it; the server masks the password in all that it prints. The
-server creates and updates the tables itself, and refuses a database that a newer server has written. A database is for one
-server at a time: it holds a session-level advisory lock, so connect it directly, or through a pooler in session mode. When
-the connection drops, the server connects and takes the lock anew, and stores then what had to wait. Jobs do not move from
-one database to another, and `data_dir` still holds the inputs of accepted jobs.
+By default the jobs are in a SQLite file, `jobs.sqlite` in `data_dir`. `database_url` puts them into PostgreSQL 13 or
+newer instead, for back-ups and monitoring beside those of your other databases: `pip install 'cinecat[postgres]'`,
+create an empty database, and give the server a URL such as
+`postgresql+psycopg://cinecat:PASSWORD@db.example.net/cinecat`. Best give it in `CINECAT_DATABASE_URL`, where other
+users do not see it; the server masks the password in all that it prints. The server creates and updates the tables
+itself, and refuses a database that a newer server has written. A database is for one server at a time: it holds a
+session-level advisory lock, so connect it directly, or through a pooler in session mode. When the connection drops,
+the server connects and takes the lock anew, and stores then what had to wait. Jobs do not move from one database to
+another, and `data_dir` still holds the inputs of accepted jobs.
 
-With `retain_days` and `retain_gib`, jobs that have ended go with their files, those that ended first before the others. A
-job whose file is being downloaded stays until the download has ended; a download that broke off and is resumed after the
-job went answers NOT_FOUND. The folder of `artifact_url` is for one server alone: it removes files there that belong to no
-job of its database.
+With `retain_days` and `retain_gib`, jobs that have ended go with their files, those that ended first before the
+others. A job whose file is being downloaded stays until the download has ended; a download that broke off and is
+resumed after the job went answers NOT_FOUND. The folder of `artifact_url` is for one server alone: it removes files
+there that belong to no job of its database.
 """
 
 
