@@ -182,7 +182,7 @@ def decoder_bytes(vae: AutoencoderKLWan, latents: Tensor, tiling: Tiling) -> int
     if tiling.whole:
         values += int(remembered(decoder_layers(vae), stride) * latents[0, 0, 0].numel() * stride**2)
     values += sum((row[1] - row[0]) * (column[1] - column[0]) for row, column in tiling.tiles) * stride**2
-    return values * vae.dtype.itemsize
+    return values * int(vae.dtype.itemsize)
 
 
 def latent_statistics(vae: AutoencoderKLWan, like: Tensor) -> tuple[Tensor, Tensor]:
