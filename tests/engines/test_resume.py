@@ -26,13 +26,19 @@ SHOT = replace(LARGER, steps=4)
 SOLVERS = {
     "unipc": {"_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction", "use_flow_sigmas": True},
     "unipc3": {
-        **{"_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction", "use_flow_sigmas": True},
+        "_class_name": "UniPCMultistepScheduler",
+        "prediction_type": "flow_prediction",
+        "use_flow_sigmas": True,
         "solver_order": 3,
     },
     "euler": {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0},
     "dpm": {
-        **{"_class_name": "DPMSolverMultistepScheduler", "prediction_type": "flow_prediction"},
-        **{"use_flow_sigmas": True, "flow_shift": 3.0, "solver_order": 3, "algorithm_type": "dpmsolver++"},
+        "_class_name": "DPMSolverMultistepScheduler",
+        "prediction_type": "flow_prediction",
+        "use_flow_sigmas": True,
+        "flow_shift": 3.0,
+        "solver_order": 3,
+        "algorithm_type": "dpmsolver++",
     },
 }
 
@@ -190,7 +196,7 @@ def test_where_no_file_is_nothing_is_noted(plain: EngineCore, tmp_path: Path) ->
     with pytest.raises(EngineError, match="has done no step yet"):
         plain.save("a", tmp_path / "a.checkpoint")
     plain.step_alone("a")
-    with pytest.raises(EngineError, match="checkpoint: .* cannot be written"):
+    with pytest.raises(EngineError, match=r"checkpoint: .* cannot be written"):
         plain.save("a", tmp_path / "no folder" / "a.checkpoint")
     plain.release("a")
 
