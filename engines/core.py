@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import time
 from collections.abc import Callable, Sequence, Set
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,8 +20,7 @@ from cinecat.engines.backends.source import EngineSource
 from cinecat.engines.backends.stack import WanStack
 from cinecat.engines.cache import ContentCache
 from cinecat.engines.checkpoint import Checkpoint
-from cinecat.engines.context import Branch
-from cinecat.engines.denoise import Denoiser, EngineBlocks, Merged, Moment, forward_rows, guided
+from cinecat.engines.denoise import Denoiser, EngineBlocks, forward_rows, guided
 from cinecat.engines.errors import EngineError
 from cinecat.engines.memory import available_bytes, check_slots_fit, slot_memory
 from cinecat.engines.messages import (
@@ -47,86 +43,14 @@ from cinecat.engines.messages import (
 from cinecat.engines.model import WanModel, load_model, synchronize
 from cinecat.engines.placement import checked, on_device, place, storage_note
 from cinecat.engines.previews import Palette
+from cinecat.engines.request import Request
 from cinecat.engines.slots import StyleSlots, other_targets
 from cinecat.engines.tokens.adaptive import AdaptiveTokens
 from cinecat.engines.tokens.budget import step_tokens
 from cinecat.engines.tokens.grid import Grid
 from cinecat.engines.tokens.schedule import RUNGS, rung_tokens
-from cinecat.engines.vae_tiles import Tiling
 from cinecat.engines.variants import Variant, fuse_variant
 from cinecat.engines.wardrobe import CatAdapter, Outfit, Wardrobe
-
-log = logging.getLogger(__name__)
-
-
-@dataclass
-class _Request:
-    """What one request is between two calls."""
-
-    latents: Tensor  # [1, 16, latent frames, height / 8, width / 8], float32
-    condition: Tensor  # [1, 20, latent frames, height / 8, width / 8], float32
-    branches: tuple[Branch, ...]  # the prompt's, then with guidance the negative prompt's
-    guidance_scale: float
-    digest: str  # of all that decides the clip
-    scheduler: Any
-    timesteps: Tensor  # the scheduler's, on the CPU: reading one must not wait for the device
-    denoiser: Denoiser
-    engine: Engine
-    outfit: Outfit
-    grid: Grid
-    tiling: Tiling  # of the VAE's frames
-    tokens: AdaptiveTokens | None  # None on the uniform path
-    spent: tuple[int, ...] = ()  # tokens of each step that is done
-    decoder: stages.ClipDecoder | None = None
-
-    @property
-    def step(self) -> int:
-        """How many are done."""
-        return len(self.spent)
-
-    @property
-    def keep_ratio(self) -> float:
-        return 1.0 if self.tokens is None else self.tokens.keep_ratio
-
-    @property
-    def surroundings(self) -> dict[str, str]:
-        """What rounding depends on, and may differ when the request is taken up again."""
-        return {"engine": self.engine.name, "tiles": f"{self.tiling.rows} x {self.tiling.columns}"}
-
-    @property
-    def state_bytes(self) -> int:
-        """Held from the first step on; a condition that the cache holds too counts."""
-        wears = 1 if self.tokens is None or self.outfit.whole == self.outfit.merged else 2
-        size = self.latents.nbytes + self.condition.nbytes + resume.solver_bytes(self.scheduler, self.latents)
-        size += sum(self.denoiser.context_bytes(branch, wears) for branch in self.branches)
-        return size if self.tokens is None else size + self.tokens.state_bytes(self.latents)
-
-    def moment(self) -> tuple[Moment, int]:
-        """What the coming step is predicted from, and its tokens."""
-        merged, worn = None, self.outfit.whole
-        if self.tokens is not None and (plan := self.tokens.plan()) is not None and self.tokens.prediction is not None:
-            merged, worn = Merged(plan, self.tokens.prediction), self.outfit.merged
-        moment = Moment(self.latents, self.condition, self.timesteps[self.step], self.branches, worn, merged)
-        return moment, self.grid.count if merged is None else merged.plan.tokens
-
-    def take_up(self, progress: resume.Progress) -> None:
-        """Goes on from what steps had made."""
-        self.latents, self.spent = progress.latents, progress.spent
-        for name, value in progress.solver.items():
-            setattr(self.scheduler, name, value)
-        if self.tokens is not None:
-            self.tokens.prediction, self.tokens.keep_ratio = progress.prediction, progress.keep_ratio
-            self.tokens.spent = list(progress.spent)
-
-
-@dataclass(frozen=True)
-class _Advance:
-    """What a step makes of a request, before it is the request's."""
-
-    latents: Tensor
-    scheduler: Any
-    tokens: AdaptiveTokens | None
-    spent: tuple[int, ...]
 
 
 class EngineCore:
@@ -182,7 +106,7 @@ class EngineCore:
         self._cache: ContentCache[Tensor] = ContentCache(config.cache_bytes, lambda tensor: tensor.nbytes)
         adapter = CatAdapter.beside(checkpoint.folder) if variant is None else None
         self._wardrobe = Wardrobe(slots, config.style_cache_bytes, adapter)
-        self._requests: dict[str, _Request] = {}
+        self._requests: dict[str, Request] = {}
         positions = transformer.config.rope_max_seq_len
         self.model_info = ModelInfo(
             name=f"{checkpoint.name}+{variant.name}" if variant else checkpoint.name,
@@ -284,7 +208,7 @@ class EngineCore:
         if stages.prompt_is_truncated(model, shot.prompt):
             notes += (f"prompt: cut after {stages.TEXT_TOKENS} tokens, which is all that the text encoder reads",)
         model_key = (self.model_info.fingerprint, self.model_info.dtype, self._storage_note)
-        request = _Request(
+        request = Request(
             latents=stages.starting_noise(shot.seed, latent_shape, model.device),
             condition=condition,
             branches=tuple(denoiser.project_context(text, image) for text in texts),
@@ -300,7 +224,7 @@ class EngineCore:
             tokens=AdaptiveTokens.of(shot.cat, grid, len(scheduler.timesteps)) if shot.cat else None,
         )
         if checkpoint is not None:
-            notes += _take_up(request, checkpoint)
+            notes += request.take_up(checkpoint)
         self._requests[shot.job_id] = request
         return Conditioned(
             tuple(clock.timings),
@@ -347,7 +271,7 @@ class EngineCore:
         size = resume.write(path, request.digest, progress)
         return Saved(time.perf_counter() - started, size)
 
-    def _next(self, request: _Request) -> StepShape | None:
+    def _next(self, request: Request) -> StepShape | None:
         if request.step >= len(request.timesteps):
             return None
         count = request.grid.count if request.tokens is None else request.tokens.coming
@@ -377,7 +301,7 @@ class EngineCore:
         found = requests[0].denoiser.velocities_of(moments)
         velocities = [guided(each, request.guidance_scale) for each, request in zip(found, requests, strict=True)]
         advances = [
-            self._advance(request, moment, velocity, count)
+            request.advance(moment, velocity, count)
             for request, moment, velocity, count in zip(requests, moments, velocities, spent, strict=True)
         ]
         pictures = {
@@ -414,7 +338,7 @@ class EngineCore:
             raise EngineError(answer.message)
         return answer
 
-    def _check_together(self, job_ids: Sequence[str], requests: Sequence[_Request]) -> None:
+    def _check_together(self, job_ids: Sequence[str], requests: Sequence[Request]) -> None:
         if not job_ids or len(set(job_ids)) < len(job_ids):
             raise EngineError(f"step: {', '.join(job_ids) or 'nobody'}: it takes each request once, and at least one")
         first, *others = [self._next(request) for request in requests]
@@ -432,19 +356,6 @@ class EngineCore:
                 f"step: {', '.join(job_ids)} have {rows} rows together, the {first.engine} engine takes "
                 f"{first.most_rows} of {first.tokens} tokens; step fewer at once"
             )
-
-    def _advance(self, request: _Request, moment: Moment, velocity: Tensor, spent: int) -> _Advance | Failure:
-        scheduler = resume.copied_solver(request.scheduler)
-        latents = scheduler.step(velocity, moment.timestep, request.latents, return_dict=False)[0]
-        if not torch.isfinite(latents).all():
-            return Failure(
-                "request",
-                f"step {request.step + 1} gave NaN or infinity; lower the strengths or the guidance, or wear less",
-            )
-        tokens = request.tokens
-        if tokens is not None:
-            tokens = tokens.observed(request.latents, velocity, moment.sigma, spent)
-        return _Advance(latents, scheduler, tokens, (*request.spent, spent))
 
     @cached_property
     def _palette(self) -> Palette:
@@ -491,7 +402,7 @@ class EngineCore:
         """What is in the slots, least recently used first."""
         return self._wardrobe.residency()
 
-    def _request(self, job_id: str) -> _Request:
+    def _request(self, job_id: str) -> Request:
         request = self._requests.get(job_id)
         if request is None:
             raise EngineError(f"job {job_id} is not in the engine core")
@@ -512,26 +423,6 @@ class _Clock:
         cached = all(known for _, known in results)
         self.timings.append(StageTime(stage, time.perf_counter() - started, cached))
         return [tensor for tensor, _ in results]
-
-
-def _take_up(request: _Request, checkpoint: Path) -> tuple[str, ...]:
-    """Goes on from a checkpoint where there is one, and says what the caller may want to know."""
-    if not checkpoint.exists():
-        return ()
-    try:
-        progress = resume.read(checkpoint, request.digest, request.latents, request.scheduler)
-    except resume.NoCheckpoint as reason:
-        log.warning("%s cannot be gone on from, all steps begin anew: %s", checkpoint, reason)
-        return ("checkpoint: it cannot be gone on from, all steps began anew",)
-    request.take_up(progress)
-    now = request.surroundings
-    changed = [name for name, value in progress.surroundings.items() if now.get(name) != value]
-    if not changed:
-        return ()
-    return (
-        f"checkpoint: {request.step} steps were done with another {' and other '.join(changed)}, so the result is not "
-        "equal to the bit to that of one run",
-    )
 
 
 def _state_bound(device: torch.device) -> int:

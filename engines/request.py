@@ -1,0 +1,126 @@
+"""What one request is between two calls of the engine core, and what a step makes of it."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cinecat.engines import resume, stages
+from cinecat.engines.backends.contract import Engine
+from cinecat.engines.context import Branch
+from cinecat.engines.denoise import Denoiser, Merged, Moment
+from cinecat.engines.messages import Failure
+from cinecat.engines.tokens.adaptive import AdaptiveTokens
+from cinecat.engines.tokens.grid import Grid
+from cinecat.engines.vae_tiles import Tiling
+from cinecat.engines.wardrobe import Outfit
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Advance:
+    """What a step makes of a request, before it is the request's."""
+
+    latents: Tensor
+    scheduler: Any
+    tokens: AdaptiveTokens | None
+    spent: tuple[int, ...]
+
+
+@dataclass
+class Request:
+    """What one request is between two calls."""
+
+    latents: Tensor  # [1, 16, latent frames, height / 8, width / 8], float32
+    condition: Tensor  # [1, 20, latent frames, height / 8, width / 8], float32
+    branches: tuple[Branch, ...]  # the prompt's, then with guidance the negative prompt's
+    guidance_scale: float
+    digest: str  # of all that decides the clip
+    scheduler: Any
+    timesteps: Tensor  # the scheduler's, on the CPU: reading one must not wait for the device
+    denoiser: Denoiser
+    engine: Engine
+    outfit: Outfit
+    grid: Grid
+    tiling: Tiling  # of the VAE's frames
+    tokens: AdaptiveTokens | None  # None on the uniform path
+    spent: tuple[int, ...] = ()  # tokens of each step that is done
+    decoder: stages.ClipDecoder | None = None
+
+    @property
+    def step(self) -> int:
+        """How many are done."""
+        return len(self.spent)
+
+    @property
+    def keep_ratio(self) -> float:
+        return 1.0 if self.tokens is None else self.tokens.keep_ratio
+
+    @property
+    def surroundings(self) -> dict[str, str]:
+        """What rounding depends on, and may differ when the request is taken up again."""
+        return {"engine": self.engine.name, "tiles": f"{self.tiling.rows} x {self.tiling.columns}"}
+
+    @property
+    def state_bytes(self) -> int:
+        """Held from the first step on; a condition that the cache holds too counts."""
+        wears = 1 if self.tokens is None or self.outfit.whole == self.outfit.merged else 2
+        size = self.latents.nbytes + self.condition.nbytes + resume.solver_bytes(self.scheduler, self.latents)
+        size += sum(self.denoiser.context_bytes(branch, wears) for branch in self.branches)
+        return size if self.tokens is None else size + self.tokens.state_bytes(self.latents)
+
+    def moment(self) -> tuple[Moment, int]:
+        """What the coming step is predicted from, and its tokens."""
+        merged, worn = None, self.outfit.whole
+        if self.tokens is not None and (plan := self.tokens.plan()) is not None and self.tokens.prediction is not None:
+            merged, worn = Merged(plan, self.tokens.prediction), self.outfit.merged
+        moment = Moment(self.latents, self.condition, self.timesteps[self.step], self.branches, worn, merged)
+        return moment, self.grid.count if merged is None else merged.plan.tokens
+
+    def _go_on(self, progress: resume.Progress) -> None:
+        """Goes on from what steps had made."""
+        self.latents, self.spent = progress.latents, progress.spent
+        for name, value in progress.solver.items():
+            setattr(self.scheduler, name, value)
+        if self.tokens is not None:
+            self.tokens.prediction, self.tokens.keep_ratio = progress.prediction, progress.keep_ratio
+            self.tokens.spent = list(progress.spent)
+
+    def advance(self, moment: Moment, velocity: Tensor, spent: int) -> Advance | Failure:
+        """What the coming step makes of it, by the guided velocity and the tokens of each row; it stays as it is."""
+        scheduler = resume.copied_solver(self.scheduler)
+        latents = scheduler.step(velocity, moment.timestep, self.latents, return_dict=False)[0]
+        if not torch.isfinite(latents).all():
+            return Failure(
+                "request",
+                f"step {self.step + 1} gave NaN or infinity; lower the strengths or the guidance, or wear less",
+            )
+        tokens = self.tokens
+        if tokens is not None:
+            tokens = tokens.observed(self.latents, velocity, moment.sigma, spent)
+        return Advance(latents, scheduler, tokens, (*self.spent, spent))
+
+    def take_up(self, checkpoint: Path) -> tuple[str, ...]:
+        """Goes on from a checkpoint where there is one, and says what the caller may want to know."""
+        if not checkpoint.exists():
+            return ()
+        try:
+            progress = resume.read(checkpoint, self.digest, self.latents, self.scheduler)
+        except resume.NoCheckpoint as reason:
+            log.warning("%s cannot be gone on from, all steps begin anew: %s", checkpoint, reason)
+            return ("checkpoint: it cannot be gone on from, all steps began anew",)
+        self._go_on(progress)
+        now = self.surroundings
+        changed = [name for name, value in progress.surroundings.items() if now.get(name) != value]
+        if not changed:
+            return ()
+        return (
+            f"checkpoint: {self.step} steps were done with another {' and other '.join(changed)}, so the result is not "
+            "equal to the bit to that of one run",
+        )
