@@ -39,14 +39,16 @@ class Limits:
     state_bytes: int
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Entry:
-    """A job with what was decided at its arrival; times in seconds since the epoch."""
+    """A job, with times in seconds since the epoch. The deadline changes with what is known of costs, for all jobs at
+    once: equal jobs stay in the order of their arrival.
+    """
 
     rendering: Rendering
     arrival: float
-    deadline: float
     wears_style: bool
+    deadline: float = 0.0
 
 
 class Backlog:
@@ -72,12 +74,15 @@ class Backlog:
         return self._entries[job_id].rendering
 
     def add(self, rendering: Rendering) -> None:
-        """Takes a job on, with a deadline by its own work; what no work is known of is due at once."""
+        """Takes a job on."""
         live = rendering.live
         arrival = live.job.create_time.ToMicroseconds() / 1e6
-        work = self._costs.remaining(live.job, rendering.expected_tokens()) or 0.0
         wears = any(style.strength for style in live.job.clip.styles)
-        self._entries[live.job_id] = _Entry(rendering, arrival, arrival + STRETCH * work, wears)
+        self._entries[live.job_id] = _Entry(rendering, arrival, wears)
+        for entry in self._present():
+            clip = entry.rendering.live.job.clip
+            work = self._costs.whole(clip, entry.rendering.expected_tokens()) or 0.0
+            entry.deadline = entry.arrival + STRETCH * work
         self.tell_positions()
 
     def remove(self, rendering: Rendering) -> None:

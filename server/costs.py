@@ -61,15 +61,23 @@ class Costs:
         """
         clip, progress = job.clip, job.progress
         pixels = pixel_frames(clip)
-        shares: list[tuple[Work, float]] = [
-            ("step", token_rows(clip, sum(step_tokens[progress.step :]))),
-            ("decode", pixels * (1 - progress.frames_decoded / clip.frames)),
-        ]
-        if job.state in (pb.JOB_STATE_QUEUED, pb.JOB_STATE_CONDITIONING):
-            shares.append(("condition", pixels))
+        waits = job.state in (pb.JOB_STATE_QUEUED, pb.JOB_STATE_CONDITIONING)
+        return self._sum(
+            condition=pixels if waits else 0,
+            step=token_rows(clip, sum(step_tokens[progress.step :])),
+            decode=pixels * (1 - progress.frames_decoded / clip.frames),
+        )
+
+    def whole(self, clip: clip_pb2.ClipSpec, step_tokens: Sequence[int]) -> float | None:
+        """Seconds of engine time of a clip from its beginning to its end; arguments and result as of `remaining`."""
+        pixels = pixel_frames(clip)
+        return self._sum(condition=pixels, step=token_rows(clip, sum(step_tokens)), decode=pixels)
+
+    def _sum(self, **units: float) -> float | None:
         total = 0.0
-        for work, units in shares:
-            seconds = self.seconds(work, units)
+        works: tuple[Work, ...] = ("condition", "step", "decode")
+        for work in works:
+            seconds = self.seconds(work, units[work]) if units[work] else 0.0
             if seconds is None:
                 return None
             total += seconds

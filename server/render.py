@@ -111,7 +111,8 @@ class Renderer:
         wanted = frozenset(each.live.job_id for each in renderings if each.wants_preview)
         stepped = await self.core.call(Step(tuple(each.live.job_id for each in renderings), wanted), Stepped)
         self.costs.observe_step(shape, sum(each.rows for each in renderings), stepped.seconds)
-        self.metrics.step_seconds.labels("cat" if shape.merged else "uniform").observe(stepped.seconds)
+        mode = clip_pb2.Tokenization.Mode.Name(renderings[0].live.job.clip.tokenization.mode).lower()
+        self.metrics.step_seconds.labels(mode).observe(stepped.seconds)
         self.metrics.engine_steps.labels(shape.engine).inc(len(renderings))
         self.metrics.step_jobs.observe(len(renderings))
         return stepped
@@ -168,7 +169,7 @@ class Rendering:
     def wants_preview(self) -> bool:
         """Whether the coming step is one that the request wants to see."""
         every, step = self.live.job.previews.every_steps, self.live.job.progress.step + 1
-        return bool(every) and (step % every == 0 or step == self.live.job.clip.steps)
+        return every > 0 and step % every == 0
 
     def expected_tokens(self) -> tuple[int, ...]:
         """Tokens of every step, as far as can be told now."""

@@ -35,8 +35,8 @@ folders in `styles_dirs` are separated by `:`, or are a list in the TOML file.
 _DATABASE = """
 ## The job database
 
-By default the jobs are in a SQLite file, `jobs.sqlite` in `data_dir`. `database_url` puts them into PostgreSQL 13 or
-newer instead, for back-ups and monitoring beside those of your other databases: `pip install 'cinecat[postgres]'`,
+By default the jobs are in a SQLite file, `jobs.sqlite` in `data_dir`. `database_url` puts them into PostgreSQL
+(tested with 15) instead, for back-ups and monitoring beside those of your other databases: `pip install 'cinecat[postgres]'`,
 create an empty database, and give the server a URL such as
 `postgresql+psycopg://cinecat:PASSWORD@db.example.net/cinecat`. Best give it in `CINECAT_DATABASE_URL`, where other
 users do not see it; the server masks the password in all that it prints. The server creates and updates the tables

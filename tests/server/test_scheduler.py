@@ -324,7 +324,9 @@ def test_what_fails_together_goes_on_alone(tmp_path: Path) -> None:
     async def scenario(line: Line) -> None:
         line.core.row_share = 0.0
         line.core.fates["big"] = [None] * 8 + [OutOfMemory("out of memory")]
+        line.core.gate.clear()
         jobs = await line.enqueue("big", "other", clip=clip_pb2.ClipSpec(steps=30))
+        line.core.gate.set()
         await ended(*jobs)
         assert {live.job.state for live in jobs} == {SUCCEEDED}
         assert set(line.core.steps.values()) == {1}
