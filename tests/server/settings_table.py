@@ -36,8 +36,8 @@ _DATABASE = """
 ## The job database
 
 By default the jobs are in a SQLite file, `jobs.sqlite` in `data_dir`. `database_url` puts them into PostgreSQL
-(tested with 15) instead, for back-ups and monitoring beside those of your other databases: `pip install 'cinecat[postgres]'`,
-create an empty database, and give the server a URL such as
+(tested with 15) instead, for back-ups and monitoring beside those of your other databases: `pip install
+'cinecat[postgres]'`, create an empty database, and give the server a URL such as
 `postgresql+psycopg://cinecat:PASSWORD@db.example.net/cinecat`. Best give it in `CINECAT_DATABASE_URL`, where other
 users do not see it; the server masks the password in all that it prints. The server creates and updates the tables
 itself, and refuses a database that a newer server has written. A database is for one server at a time: it holds a
