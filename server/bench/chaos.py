@@ -32,7 +32,7 @@ from cinecat.server.bench.harness import Check, Report
 from cinecat.server.local_server import LocalServer, ServerFailed, running_server
 
 CHECKPOINT_STEPS = 4
-_OPTIONS = ("--checkpoint-steps", f"{CHECKPOINT_STEPS}", "--max-batch", "1", "--engine", "torch")
+_OPTIONS = ("--checkpoint-steps", f"{CHECKPOINT_STEPS}", "--max-batch", "1", "--engine", "torch", "--threads", "1")
 
 _KILLS, _QUICK_KILLS = 20, 2
 _AT_ONCE = 5  # jobs in the server
