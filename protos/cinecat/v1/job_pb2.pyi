@@ -107,8 +107,8 @@ class _PriorityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Priority.Val
 
 class Priority(_Priority, metaclass=_PriorityEnumTypeWrapper):
     """What a job waits behind. Within a priority, the job whose deadline comes first is worked on, and a deadline is the
-    nearer the less work the job is; tenants get equal shares. A batch job that has waited long for its size is treated
-    as an interactive one, so that none waits for ever.
+    nearer the less work the job is; tenants get equal shares. Batch jobs keep a tenth of the time, so that none waits for
+    ever.
     """
 
 PRIORITY_UNSPECIFIED: Priority.ValueType  # 0
