@@ -16,7 +16,7 @@ import signal
 import socket
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -118,8 +118,14 @@ def _report(found: _Findings, kills: int) -> Report:
     )
 
 
-async def chaos(folder: Path, core_kills: int, server_kills: int) -> _Findings:
+async def chaos(
+    folder: Path, core_kills: int, server_kills: int, kinds: Sequence[dict[str, Any]] = KINDS, at_once: int = _AT_ONCE
+) -> _Findings:
     """Does what the module says, so many times each.
+
+    Args:
+        kinds: of jobs, as arguments of `AsyncClient.submit`.
+        at_once: jobs in the server.
 
     Raises:
         ServerFailed: a server did not come up again.
@@ -127,14 +133,16 @@ async def chaos(folder: Path, core_kills: int, server_kills: int) -> _Findings:
     image = folder / "image.png"
     noise = np.random.default_rng(5).integers(0, 256, (128, 128, 3), dtype=np.uint8)
     Image.fromarray(noise).save(image)
-    expected = await _reference(folder, image)
+    shots = [_shot(kind, image, more) for kind, more in enumerate(kinds)]
+    expected = await _reference(folder, shots)
     server = _Server(folder / "chaos")
     await server.start()
     found = _Findings()
     try:
         async with AsyncClient(server.address, patience_s=_PATIENCE_S) as client:
             stop = asyncio.Event()
-            load = [asyncio.create_task(_keep_busy(client, image, found, stop, first)) for first in range(_AT_ONCE)]
+            busy = [_keep_busy(client, shots, found, stop, range(first, 10**6, at_once)) for first in range(at_once)]
+            load = [asyncio.create_task(each) for each in busy]
             try:
                 kills = ["core"] * core_kills + ["server"] * server_kills
                 random.Random(3).shuffle(kills)
@@ -152,22 +160,22 @@ async def chaos(folder: Path, core_kills: int, server_kills: int) -> _Findings:
             found.resumed = sum(bool(job.repeated) for job in found.jobs)
             for job in found.jobs:
                 if job.succeeded:
-                    await _check_files(client, job, expected[job.kind], found)
+                    await _check_files(client, job, expected[job.kind], shots[job.kind]["frames"], found)
         found.torn += server.leftovers()
     finally:
         await server.stop()
     return found
 
 
-async def _reference(folder: Path, image: Path) -> list[str]:
-    """What each kind's frames are on a server that nobody kills, as hashes."""
+async def _reference(folder: Path, shots: Sequence[dict[str, Any]]) -> list[str]:
+    """What each shot's frames are on a server that nobody kills, as hashes."""
     server = _Server(folder / "reference")
     await server.start()
     try:
         async with AsyncClient(server.address) as client:
             hashes = []
-            for kind in range(len(KINDS)):
-                job = await client.submit(**_request(kind, image))
+            for kind, shot in enumerate(shots):
+                job = await client.submit(**shot)
                 await _until_finished(client, _Followed(kind, job.job_id))
                 hashes.append(_frames_hash(await client.download(job.job_id, artifact="frames.safetensors")))
             return hashes
@@ -175,23 +183,21 @@ async def _reference(folder: Path, image: Path) -> list[str]:
         await server.stop()
 
 
-def _request(kind: int, image: Path) -> dict[str, Any]:
-    return {
-        "image": image,
-        "prompt": f"a chaotic shot, kind {kind}",
-        "seed": kind,
-        "artifacts": ["mp4", "frames_f32"],
-        **KINDS[kind],
-    }
+def _shot(kind: int, image: Path, more: dict[str, Any]) -> dict[str, Any]:
+    """What is asked for, the same each time."""
+    prompt = f"a chaotic shot, kind {kind}"
+    return {"image": image, "prompt": prompt, "seed": kind, "artifacts": ["mp4", "frames_f32"], **more}
 
 
-async def _keep_busy(client: AsyncClient, image: Path, found: _Findings, stop: asyncio.Event, first: int) -> None:
+async def _keep_busy(
+    client: AsyncClient, shots: Sequence[dict[str, Any]], found: _Findings, stop: asyncio.Event, numbers: Iterable[int]
+) -> None:
     """Has one job after the other made, each of another kind than the one before."""
-    for number in range(first, 10_000, _AT_ONCE):
+    for number in numbers:
         if stop.is_set():
             return
-        kind = number % len(KINDS)
-        job = await _patiently(lambda kind=kind: client.submit(**_request(kind, image)))  # type: ignore[misc]
+        kind = number % len(shots)
+        job = await _patiently(lambda kind=kind: client.submit(**shots[kind]))  # type: ignore[misc]
         followed = _Followed(kind, job.job_id)
         found.jobs.append(followed)
         try:
@@ -227,13 +233,13 @@ async def _until_finished(client: AsyncClient, job: _Followed) -> None:
             job.highest = max(job.highest, event.step)
 
 
-async def _check_files(client: AsyncClient, job: _Followed, expected: str, found: _Findings) -> None:
+async def _check_files(client: AsyncClient, job: _Followed, expected: str, count: int, found: _Findings) -> None:
     """The download itself checks each file's SHA-256 against what the job says."""
     frames = await client.download(job.job_id, artifact="frames.safetensors")
     if _frames_hash(frames) != expected:
         found.unequal.append(job.job_id)
     movie = await client.download(job.job_id, artifact="clip.mp4")
-    if await asyncio.to_thread(_frame_count, movie) != KINDS[job.kind]["frames"]:
+    if await asyncio.to_thread(_frame_count, movie) != count:
         found.torn.append(job.job_id)
 
 
