@@ -148,10 +148,10 @@ class Backlog:
         entries = sorted(self._present(), key=lambda entry: _order(entry, done))
         waiting = 0
         for position, entry in enumerate(entries):
-            if entry.rendering.in_core:
+            live = entry.rendering.live
+            if live.job.state != pb.JOB_STATE_QUEUED:
                 continue
             waiting += 1
-            live = entry.rendering.live
             live.job.progress.queue_position = position
             self._tell_eta(live.job, done)
             self._jobs.progress(live)

@@ -2,13 +2,15 @@
 
 Transitions are written to the store before anyone sees them. Steps and previews in between live in memory: of progress
 and of estimates the latest is kept, of decoded frames all until the job ends. All watchers read the same events, at
-their own pace; so a slow one skips progress but never a transition or a frame, and costs no memory.
+their own pace; so a slow one skips progress but never a transition or a frame, and costs no memory. Progress that comes
+in quick succession is one event to all of them.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -43,6 +45,9 @@ _SEQUENCE_GAP = 1 << 20
 # From the acceptance of a job until its own caller watches it, which takes a moment even where no grace is given.
 _ATTACH_SECONDS = 5.0
 
+# Progress alone waits so long for more: what watchers cost grows with the events that they are sent.
+_GATHER_S = 0.05
+
 log = structlog.get_logger(__name__)
 
 
@@ -58,6 +63,8 @@ class LiveJob:
         shown: the latest event that shows an estimate.
         latest: the latest event that tells of progress alone.
         frames_shown: how many decoded frames watchers were sent.
+        storing: sequence numbers of transitions that are being stored.
+        waking: the coming end of its watchers' wait for progress.
         stop_requested: somebody cancelled it, and it has not stopped yet.
     """
 
@@ -71,7 +78,9 @@ class LiveJob:
     shown: pb.JobEvent | None = None
     latest: pb.JobEvent | None = None
     frames_shown: int = 0
+    storing: list[int] = field(default_factory=list)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
+    waking: asyncio.TimerHandle | None = None
     watchers: int = 0
     grace: asyncio.TimerHandle | None = None
     stop_requested: bool = False
@@ -87,19 +96,26 @@ class LiveJob:
     @property
     def known(self) -> pb.Job:
         """The job as its last event told it; `job` is ahead of that while a transition is being stored."""
-        last = self.transitions[-1]
-        newer = self.latest is not None and self.latest.sequence > last.sequence
-        return self.latest.job if newer and self.latest is not None else last.job
+        last, latest = self.transitions[-1], self.latest
+        newer = latest is not None and last.sequence < latest.sequence < self._end
+        return latest.job if newer and latest is not None else last.job
+
+    @property
+    def _end(self) -> float:
+        """What is past this number is not known yet: a watcher who saw it would miss the transition before it."""
+        return min(self.storing, default=math.inf)
 
     def events_after(self, sequence: int) -> list[pb.JobEvent]:
-        """Everything past `sequence` in order, with the latest progress where it is newer than all transitions."""
-        last = self.transitions[-1].sequence if self.transitions else 0
-        events = [event for event in (*self.transitions, *self.frames) if event.sequence > sequence]
-        if self.shown is not None and self.shown.sequence > sequence:
+        """Everything known past `sequence` in order; the latest progress where no other event is newer, since each
+        tells all.
+        """
+        events = [*self.transitions, *self.frames]
+        if self.shown is not None:
             events.append(self.shown)
-        if self.latest is not None and self.latest.sequence > max(sequence, last):
+        if self.latest is not None and all(event.sequence < self.latest.sequence for event in events):
             events.append(self.latest)
-        return sorted(events, key=lambda event: event.sequence)
+        known = (event for event in events if sequence < event.sequence < self._end)
+        return sorted(known, key=lambda event: event.sequence)
 
 
 class Jobs:
@@ -230,12 +246,15 @@ class Jobs:
 
     async def _make_known(self, live: LiveJob, event: pb.JobEvent, before: pb.Job, attempts: int) -> None:
         """Stores a transition and makes it known, or puts the job back to `before` and `attempts`."""
+        live.storing.append(event.sequence)
         try:
             await self._in_store(partial(self._store_transition, event, live.attempts))
         except BaseException:
+            live.storing.remove(event.sequence)
             live.job, live.attempts = before, attempts
             _wake(live)
             raise
+        live.storing.remove(event.sequence)
         live.transitions.append(event)
         self._metrics.job_moved(before.state, live.job)
         log.info("job", job_id=live.job_id, state=state_name(live.job.state))
@@ -276,12 +295,14 @@ class Jobs:
         event = self._event(live)
         if preview is None:
             live.latest = event
+            if live.waking is None:
+                live.waking = asyncio.get_running_loop().call_later(_GATHER_S, _wake, live)
+            return
+        event.preview.CopyFrom(preview)
+        if preview.step:
+            live.shown = event
         else:
-            event.preview.CopyFrom(preview)
-            if preview.step:
-                live.shown = event
-            else:
-                live.frames.append(event)
+            live.frames.append(event)
         _wake(live)
 
     async def cancel(self, job_id: str) -> pb.Job:
@@ -416,5 +437,8 @@ class Jobs:
 
 
 def _wake(live: LiveJob) -> None:
+    if live.waking is not None:
+        live.waking.cancel()
+        live.waking = None
     live.changed.set()
     live.changed = asyncio.Event()

@@ -335,6 +335,7 @@ class Rendering:
         if self.live.job.progress.step > self._saved_step:
             await self._save()
         await self.abandon()
+        self._stop_if_asked()
 
     async def leave_core(self) -> None:
         """Frees the core's state of this job; where the core is gone, so is the state."""

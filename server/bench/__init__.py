@@ -12,6 +12,7 @@ from cinecat.server.bench.schedule import bench_schedule
 from cinecat.server.bench.serve import bench_serve
 from cinecat.server.bench.styles import bench_styles
 from cinecat.server.bench.tokens import bench_tokens
+from cinecat.server.bench.watchers import bench_watchers
 
 BENCHES: Mapping[str, Callable[[bool, Path | None], Report]] = {
     "serve": bench_serve,
@@ -22,4 +23,5 @@ BENCHES: Mapping[str, Callable[[bool, Path | None], Report]] = {
     "engines": bench_engines,
     "schedule": bench_schedule,
     "chaos": bench_chaos,
+    "watchers": bench_watchers,
 }

@@ -225,6 +225,7 @@ async def _until_finished(client: AsyncClient, job: _Followed) -> None:
             job.succeeded += 1
             continue
         if event.state == "queued":
+            job.highest = max(job.highest, event.step)
             begins_anew = job.highest > 0
         elif event.state == "denoising":
             if begins_anew:

@@ -102,6 +102,62 @@ def test_a_slow_watcher_skips_progress_but_no_transition(tmp_path: Path) -> None
     asyncio.run(scenario())
 
 
+def test_progress_in_quick_succession_is_one_event(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with front(tmp_path) as f:
+            live = await f.accept(new_job())
+            await move(f.jobs, live, CONDITIONING)
+            seen: list[pb.JobEvent] = []
+
+            async def watch() -> None:
+                async for event in f.jobs.watch(live.job_id, 2):
+                    seen.append(event)  # noqa: PERF401 - it is read while it grows
+
+            watching = asyncio.create_task(watch())
+            await until(lambda: live.watchers == 1)
+            for number in range(1, 31):
+                step(f.jobs, live, number)
+                await asyncio.sleep(0.001)
+            await until(lambda: bool(seen) and seen[-1].job.progress.step == 30)
+            assert len(seen) < 15
+            watching.cancel()
+
+    asyncio.run(scenario())
+
+
+def test_progress_is_not_told_beside_a_newer_picture(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with front(tmp_path) as f:
+            live = await f.accept(new_job())
+            step(f.jobs, live, 1)
+            f.jobs.progress(live, pb.Preview(step=1))
+            assert [event.preview.step for event in live.events_after(1)] == [1]
+            step(f.jobs, live, 2)
+            assert [event.job.progress.step for event in live.events_after(1)] == [1, 2]
+
+    asyncio.run(scenario())
+
+
+def test_what_follows_a_transition_is_not_seen_before_it(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with front(tmp_path) as f:
+            live = await f.accept(new_job())
+            f.store.hold()
+            moving = asyncio.create_task(move(f.jobs, live, CONDITIONING))
+            await f.reached()
+            step(f.jobs, live, 1)
+            f.jobs.progress(live, pb.Preview(step=1))
+            step(f.jobs, live, 2)
+            assert states(live.events_after(0)) == [QUEUED]
+            assert live.known.state == QUEUED
+            f.store.open.set()
+            await moving
+            assert states(live.events_after(0)) == [QUEUED, *[CONDITIONING] * 3]
+            assert live.known.progress.step == 2
+
+    asyncio.run(scenario())
+
+
 def test_events_do_not_change_after_they_were_seen(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with front(tmp_path) as f:

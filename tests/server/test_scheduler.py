@@ -12,7 +12,7 @@ import grpc
 import pytest
 
 from cinecat.engines.errors import CoreDied, EngineError, EngineFault, ModelError, NoFreeSlot, OutOfMemory
-from cinecat.engines.messages import Failure, StepShape
+from cinecat.engines.messages import Failure, Release, StepShape
 from cinecat.plugins.registry import UnknownStyle
 from cinecat.server import scheduler as scheduler_module
 from cinecat.server.artifacts import ArtifactError, ArtifactStore
@@ -341,8 +341,9 @@ def test_a_preview_overtakes_a_running_render(tmp_path: Path) -> None:
     async def scenario(line: Line) -> None:
         (render,) = await line.enqueue("render", clip=clip_pb2.ClipSpec(steps=50), priority=pb.PRIORITY_BATCH)
         await until(lambda: render.job.progress.step >= 3)
-        (preview,) = await line.enqueue("preview")
-        await ended(preview)
+        await line.enqueue("preview")
+        seen = [event.job async for event in line.front.jobs.watch("preview", 0)]
+        assert {job.progress.queue_position for job in seen if job.state != QUEUED} == {0}
         assert render.job.state == pb.JOB_STATE_DENOISING
         await ended(render)
         assert line.core.begun == ["render", "preview"]
@@ -364,6 +365,29 @@ def test_a_render_is_sent_out_where_there_is_no_room_and_goes_on_from_where_it_w
         assert line.core.begun == ["render", "preview", "render"]
         assert set(line.core.steps.values()) == {1}
         assert line.front.registry.get_sample_value("cinecat_preemptions_total") == 1
+
+    with_line(tmp_path, scenario, state_bytes=15)
+
+
+def test_a_render_that_is_cancelled_while_it_is_sent_out_ends_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(line: Line) -> None:
+        line.core.state_bytes = 10
+        (render,) = await line.enqueue("render", clip=clip_pb2.ClipSpec(steps=50), priority=pb.PRIORITY_BATCH)
+        await until(lambda: render.job.progress.step >= 3)
+        call = line.core.call
+
+        async def cancelled_meanwhile(what: Any, kind: Any) -> Any:
+            if what == Release("render"):
+                await line.front.jobs.cancel("render")
+            return await call(what, kind)
+
+        monkeypatch.setattr(line.core, "call", cancelled_meanwhile)
+        (preview,) = await line.enqueue("preview")
+        await ended(preview, render)
+        assert [event.job.state for event in render.transitions].count(QUEUED) == 1
+        assert render.job.state == CANCELLED
 
     with_line(tmp_path, scenario, state_bytes=15)
 
