@@ -34,6 +34,7 @@ from cinecat.server.inputs import JobInputs
 from cinecat.server.jobs import Jobs
 from cinecat.server.metrics import Metrics
 from cinecat.server.models import describe_model
+from cinecat.server.patience import Patience
 from cinecat.server.policy import POLICIES
 from cinecat.server.render import CheckpointRule, Renderer
 from cinecat.server.retention import Retention
@@ -150,12 +151,15 @@ async def running(settings: Settings, hurry: asyncio.Event) -> AsyncIterator[Run
             await _set_health(health_servicer, alive)
             metrics.ready.set(alive)
 
+        patience = Patience()
         rule = CheckpointRule(settings.checkpoint_steps, settings.checkpoint_seconds)
-        renderer = Renderer(core, model, jobs, catalogue, inputs, artifacts, checkpoints, rule, metrics, costs)
+        renderer = Renderer(
+            core, model, jobs, catalogue, inputs, artifacts, checkpoints, rule, metrics, costs, patience
+        )
         limits = Limits(settings.max_queue, settings.max_batch, info.state_bytes)
         backlog = Backlog(jobs, costs, limits, metrics)
         policy = POLICIES[settings.scheduling]
-        scheduler = Scheduler(jobs, renderer, core, backlog, policy, metrics, on_core_state)
+        scheduler = Scheduler(jobs, renderer, core, backlog, policy, metrics, patience, on_core_state)
         for live in await jobs.restore():
             scheduler.enqueue(live)
         retention = Retention(jobs, artifacts, settings.retain_days, settings.retain_gib, metrics)

@@ -251,3 +251,7 @@ def _explained(action: str) -> Iterator[None]:
         raise ArtifactNotFoundError(f"cannot {action}: there is no such file") from error
     except OSError as error:
         raise ArtifactError(f"cannot {action}: {error.strerror or error}") from error
+    except ArtifactError:
+        raise
+    except Exception as error:  # filesystems of other people raise what they like
+        raise ArtifactError(f"cannot {action}: {type(error).__name__}: {error}") from error

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import heapq
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,10 +18,17 @@ from cinecat.server.metrics import Metrics
 from cinecat.server.policy import STRETCH, Phase, Snapshot, Task
 from cinecat.server.render import Rendering
 from cinecat.server.shares import Shares
+from cinecat.v1 import clip_pb2
 from cinecat.v1 import job_pb2 as pb
 
 # An ETA is computed anew when it is so old; between, it shrinks with the clock.
 _FORECAST_S = 0.25
+
+# More than may come in at once.
+_CANDIDATES = 64
+
+# Positions of more jobs than _FEW are told so often at most.
+_POSITIONS_S, _FEW = 0.2, 20
 
 # A job that is sent out has its inputs encoded again; this many steps before that are worth it.
 _STEPS_BEFORE_EVICTION = 2
@@ -68,6 +78,7 @@ class Backlog:
         self._bytes_per_pixel = 0.0  # of a state, the most that was seen
         self._forecast: dict[str, float] = {}
         self._forecast_at = 0.0
+        self._telling: asyncio.TimerHandle | None = None
         self.slots_full = False
 
     def __getitem__(self, job_id: str) -> Rendering:
@@ -77,8 +88,12 @@ class Backlog:
         """Takes a job on."""
         live = rendering.live
         arrival = live.job.create_time.ToMicroseconds() / 1e6
-        wears = any(style.strength for style in live.job.clip.styles)
+        # A clip of merged tokens wears the model's adapter, where it has one.
+        merged = live.job.clip.tokenization.mode == clip_pb2.Tokenization.CAT
+        wears = merged or any(style.strength for style in live.job.clip.styles)
         self._entries[live.job_id] = _Entry(rendering, arrival, wears)
+        if _interactive(live.job):
+            self._shares.arrived(self._costs.whole(live.job.clip, rendering.expected_tokens()) or 0.0)
         for entry in self._present():
             clip = entry.rendering.live.job.clip
             work = self._costs.whole(clip, entry.rendering.expected_tokens()) or 0.0
@@ -91,6 +106,17 @@ class Backlog:
         if entry is not None:
             self.slots_full = False
             self.tell_positions()
+
+    def found_no_slot(self, rendering: Rendering) -> None:
+        """Notes that a job needs a style slot and that none is free."""
+        self.slots_full = True
+        if (entry := self._entries.get(rendering.live.job_id)) is not None:
+            entry.wears_style = True
+
+    @property
+    def unfinished(self) -> list[Rendering]:
+        """All of them."""
+        return [entry.rendering for entry in self._entries.values()]
 
     @property
     def in_core(self) -> list[Rendering]:
@@ -107,9 +133,21 @@ class Backlog:
         return self.waiting >= self._limits.max_queue
 
     def snapshot(self, resident_only: bool) -> Snapshot:
-        """What the policy decides from; with `resident_only`, nobody comes in."""
-        entries = [entry for entry in self._present() if entry.rendering.in_core or not resident_only]
-        self._shares.tenants({entry.rendering.live.tenant for entry in entries})
+        """What the policy decides from; with `resident_only`, nobody comes in.
+
+        Of many that wait, those that may be next: of each class and tenant the most urgent ones.
+        """
+        present = self._present()
+        self._shares.tenants({entry.rendering.live.tenant for entry in present})
+        entries = [entry for entry in present if entry.rendering.in_core]
+        if not resident_only:
+            queues: defaultdict[tuple[bool, str], list[_Entry]] = defaultdict(list)
+            for entry in present:
+                if not entry.rendering.in_core:
+                    live = entry.rendering.live
+                    queues[_interactive(live.job), live.tenant].append(entry)
+            for queue in queues.values():
+                entries += heapq.nsmallest(_CANDIDATES, queue, key=lambda entry: (entry.deadline, entry.arrival))
         return Snapshot(
             tasks=[self._task(entry) for entry in entries],
             tenant_seconds=self._shares.tenant_seconds,
@@ -143,7 +181,16 @@ class Backlog:
         self._jobs.progress(live)
 
     def tell_positions(self) -> None:
-        """Tells every waiting job its position and ETA."""
+        """Tells every waiting job its position and ETA; where there are many, a moment later."""
+        if len(self._entries) <= _FEW:
+            self._tell_positions()
+        elif self._telling is None:
+            self._telling = asyncio.get_running_loop().call_later(_POSITIONS_S, self._tell_positions)
+
+    def _tell_positions(self) -> None:
+        if self._telling is not None:
+            self._telling.cancel()
+            self._telling = None
         done = self._forecast_now(renewed=True)
         entries = sorted(self._present(), key=lambda entry: _order(entry, done))
         waiting = 0
@@ -158,10 +205,10 @@ class Backlog:
         self._metrics.queue_depth.set(waiting)
 
     def _present(self) -> list[_Entry]:
-        """Jobs that were cancelled in the queue are gone from it."""
-        for job_id in [job_id for job_id, entry in self._entries.items() if entry.rendering.live.ended]:
+        """Jobs that were cancelled in the queue are gone from it, for good once that is stored."""
+        for job_id in [job_id for job_id, entry in self._entries.items() if entry.rendering.live.end_is_stored]:
             del self._entries[job_id]
-        return list(self._entries.values())
+        return [entry for entry in self._entries.values() if not entry.rendering.live.ended]
 
     def _task(self, entry: _Entry) -> Task:
         rendering, job = entry.rendering, entry.rendering.live.job
@@ -177,7 +224,7 @@ class Backlog:
             state_bytes=rendering.state_bytes or round(self._bytes_per_pixel * pixel_frames(job.clip)),
             wears_style=entry.wears_style,
             alone=rendering.alone,
-            evictable=rendering.steps_in_core >= _STEPS_BEFORE_EVICTION,
+            evictable=rendering.can_be_saved and rendering.steps_in_core >= _STEPS_BEFORE_EVICTION,
         )
 
     def _first_shape(self, rendering: Rendering) -> StepShape | None:

@@ -21,7 +21,8 @@ class Checkpoints:
     def delete(self, job_id: str) -> None:
         """Forgets a job that has ended. Does not raise: the next start removes what is left."""
         with contextlib.suppress(OSError):
-            self.path(job_id).unlink(missing_ok=True)
+            for path in self._folder.glob(f"{job_id}.*"):  # and the part of one whose core was killed in it
+                path.unlink(missing_ok=True)
 
     def keep_only(self, job_ids: Collection[str]) -> None:
         """Removes the files of all other jobs, and halves of files."""

@@ -130,7 +130,16 @@ def postgresql_engine(url: str, writer: SoleWriter) -> Engine:
             max_overflow=0,
             pool_pre_ping=True,
             hide_parameters=True,
-            connect_args={"connect_timeout": 10, "application_name": "cinecat", "client_encoding": "utf8"},
+            connect_args={
+                "connect_timeout": 10,
+                "application_name": "cinecat",
+                "client_encoding": "utf8",
+                # A server that vanished without a word is noticed within half a minute.
+                "keepalives_idle": 10,
+                "keepalives_interval": 5,
+                "keepalives_count": 3,
+                "tcp_user_timeout": 25_000,
+            },
         )
     except ImportError as error:
         raise DatabaseError(

@@ -63,6 +63,7 @@ class LiveJob:
         shown: the latest event that shows an estimate.
         latest: the latest event that tells of progress alone.
         frames_shown: how many decoded frames watchers were sent.
+        turn: of its transitions, which are stored one at a time.
         storing: sequence numbers of transitions that are being stored.
         waking: the coming end of its watchers' wait for progress.
         stop_requested: somebody cancelled it, and it has not stopped yet.
@@ -78,6 +79,7 @@ class LiveJob:
     shown: pb.JobEvent | None = None
     latest: pb.JobEvent | None = None
     frames_shown: int = 0
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     storing: list[int] = field(default_factory=list)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     waking: asyncio.TimerHandle | None = None
@@ -92,6 +94,11 @@ class LiveJob:
     @property
     def ended(self) -> bool:
         return self.job.state in FINAL_STATES
+
+    @property
+    def end_is_stored(self) -> bool:
+        """Whether it has ended for good: until its end is stored, it may be taken back."""
+        return bool(self.transitions) and self.transitions[-1].job.state in FINAL_STATES
 
     @property
     def known(self) -> pb.Job:
@@ -149,12 +156,15 @@ class Jobs:
         await self._in_store(partial(self._checkpoints.keep_only, worn.keys()))
         for stored in unfinished:
             transitions = await self._in_store(partial(self._store.events, stored.job.job_id))
-            live = LiveJob(stored.job, stored.request_hash, stored.tenant, stored.attempts, transitions=transitions)
+            # It was the server that stopped, not the job that failed.
+            running = stored.job.state != pb.JOB_STATE_QUEUED
+            attempts = max(0, stored.attempts - running)
+            live = LiveJob(stored.job, stored.request_hash, stored.tenant, attempts, transitions=transitions)
             live.sequence = transitions[-1].sequence + _SEQUENCE_GAP
             self._live[live.job_id] = live
             self._metrics.job_entered(live.job.state)
             await self.requeue(live)
-            self._left_alone(live)
+            self._left_alone(live, at_least=_ATTACH_SECONDS)
             restored.append(live)
         return restored
 
@@ -223,6 +233,18 @@ class Jobs:
         Raises:
             ValueError: the state machine has no such transition.
         """
+        await live.turn.acquire()  # at once, but where another transition is being stored
+        try:
+            event, before, attempts = self._prepare(live, state, change)
+        except BaseException:
+            live.turn.release()
+            raise
+        await self._to_the_end(self._make_known(live, event, before, attempts))
+
+    def _prepare(
+        self, live: LiveJob, state: State, change: Callable[[pb.Job], object] | None
+    ) -> tuple[pb.JobEvent, pb.Job, int]:
+        """The event of a transition, and what to go back to where it cannot be stored."""
         before, attempts = live.job, live.attempts
         check_transition(before.state, state)
         job = pb.Job()
@@ -241,8 +263,7 @@ class Jobs:
             change(job)
         # Set before the write, so that nobody else decides from the old state meanwhile.
         live.job = job
-        event = self._event(live)
-        await self._to_the_end(self._make_known(live, event, before, attempts))
+        return self._event(live), before, attempts
 
     async def _make_known(self, live: LiveJob, event: pb.JobEvent, before: pb.Job, attempts: int) -> None:
         """Stores a transition and makes it known, or puts the job back to `before` and `attempts`."""
@@ -250,11 +271,12 @@ class Jobs:
         try:
             await self._in_store(partial(self._store_transition, event, live.attempts))
         except BaseException:
-            live.storing.remove(event.sequence)
             live.job, live.attempts = before, attempts
-            _wake(live)
             raise
-        live.storing.remove(event.sequence)
+        finally:
+            live.storing.remove(event.sequence)
+            live.turn.release()
+            _wake(live)
         live.transitions.append(event)
         self._metrics.job_moved(before.state, live.job)
         log.info("job", job_id=live.job_id, state=state_name(live.job.state))
@@ -282,10 +304,14 @@ class Jobs:
         )
 
     async def got_on(self, live: LiveJob) -> None:
-        """Stores that a job's work up to now will not be lost: what failed before counts no more."""
+        """Notes that a job's work up to now will not be lost: what failed before counts no more."""
         if live.attempts:
             live.attempts = 0
-            await self._in_store(partial(self._store.set_attempts, live.job_id, 0))
+            try:
+                await self._in_store(partial(self._store.set_attempts, live.job_id, 0))
+            except (OSError, SQLAlchemyError) as error:
+                # Its next transition stores it.
+                log.warning("attempts could not be stored", job_id=live.job_id, error=f"{error}")
 
     def progress(self, live: LiveJob, preview: pb.Preview | None = None) -> None:
         """Tells watchers about progress that the caller has written into `live.job`, and shows them a preview.
@@ -414,11 +440,20 @@ class Jobs:
             existing = await self._in_store(partial(self._store.insert, stored, first))
         except (OSError, SQLAlchemyError) as error:
             cause = error.orig if isinstance(error, DBAPIError) else error
+            if await self._is_stored(job_id):  # and only the answer was lost
+                existing = None
+                return None
             raise RequestError(grpc.StatusCode.UNAVAILABLE, f"the job cannot be stored now: {cause}") from error
         finally:
             if existing is not None:
                 await asyncio.to_thread(self._inputs.delete, job_id)
         return existing
+
+    async def _is_stored(self, job_id: str) -> bool:
+        try:
+            return await self._in_store(partial(self._store.get, job_id)) is not None
+        except (OSError, SQLAlchemyError):
+            return False
 
     def _store_transition(self, event: pb.JobEvent, attempts: int) -> None:
         self._store.record(event, attempts)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 import structlog
 from numpy.typing import NDArray
@@ -32,6 +32,7 @@ from cinecat.engines.messages import (
     StepShape,
 )
 from cinecat.engines.tokens.budget import step_tokens
+from cinecat.engines.tokens.grid import Grid
 from cinecat.server import previews
 from cinecat.server.artifacts import ArtifactInfo, ArtifactStore
 from cinecat.server.checkpoints import Checkpoints
@@ -42,10 +43,14 @@ from cinecat.server.inputs import JobInputs
 from cinecat.server.jobs import Jobs, LiveJob
 from cinecat.server.metrics import Metrics
 from cinecat.server.models import token_grid
+from cinecat.server.patience import Patience
 from cinecat.server.policy import Phase
 from cinecat.server.styles import StyleCatalogue
 from cinecat.v1 import clip_pb2, models_pb2
 from cinecat.v1 import job_pb2 as pb
+
+if TYPE_CHECKING:
+    from cinecat.server.lifecycle import State
 
 # At the end of denoising a checkpoint is worth its time when more work than this would be lost.
 _WORTH_SAVING_S = 1.0
@@ -92,6 +97,7 @@ class Renderer:
     rule: CheckpointRule
     metrics: Metrics
     costs: Costs
+    patience: Patience
 
     def take(self, live: LiveJob) -> Rendering:
         """What takes a queued job through the core."""
@@ -101,7 +107,6 @@ class Renderer:
         """One step of renderings whose coming steps have one shape; what it answers goes to `Rendering.stepped`.
 
         Raises:
-            Stopped: the only job was cancelled.
             EngineError, CoreDied: the forward failed, and no rendering has changed.
         """
         shape = renderings[0].next
@@ -144,7 +149,8 @@ class Rendering:
         self._renderer = renderer
         self._tally = _Tally()
         self._keep_ratio = live.job.clip.tokenization.keep_ratio or 1.0  # that the core holds the clip to
-        self._saved_step = 0
+        self._saved_step = self._tried_step = 0
+        self._save_failed = False
         self._unsaved_seconds = 0.0
         self._files: ClipFiles | None = None
         self._buffer: FrameBuffer | None = None
@@ -166,6 +172,11 @@ class Rendering:
         return self.live.job.progress.frames_decoded == self.live.job.clip.frames
 
     @property
+    def can_be_saved(self) -> bool:
+        """Whether its checkpoints reach the disk, as far as was tried."""
+        return not self._save_failed
+
+    @property
     def wants_preview(self) -> bool:
         """Whether the coming step is one that the request wants to see."""
         every, step = self.live.job.previews.every_steps, self.live.job.progress.step + 1
@@ -174,7 +185,7 @@ class Rendering:
     def expected_tokens(self) -> tuple[int, ...]:
         """Tokens of every step, as far as can be told now."""
         clip = self.live.job.clip
-        return step_tokens(token_grid(self._renderer.model, clip), clip.steps, self._keep_ratio)
+        return _step_tokens(token_grid(self._renderer.model, clip), clip.steps, self._keep_ratio)
 
     async def begin(self) -> None:
         """Encodes the inputs, and takes up the checkpoint where there is one.
@@ -187,8 +198,8 @@ class Rendering:
         r, live, clip = self._renderer, self.live, self.live.job.clip
         if clip.model != r.model.name:
             raise EngineError(f"the job was accepted for the model {clip.model}, this server now has {r.model.name}")
-        waited = time.time() - live.job.create_time.ToMicroseconds() / 1e6
-        await r.jobs.transition(live, pb.JOB_STATE_CONDITIONING)
+        await self._move(pb.JOB_STATE_CONDITIONING)
+        waited = (live.job.start_time.ToMicroseconds() - live.job.create_time.ToMicroseconds()) / 1e6
         shot = Shot(
             job_id=live.job_id,
             image=await asyncio.to_thread(r.inputs.load, live.job_id),
@@ -221,7 +232,7 @@ class Rendering:
         tally, progress = self._tally, self.live.job.progress
         tally.engine, tally.tokens_uniform = conditioned.engine, conditioned.tokens_uniform
         tally.step_tokens = list(conditioned.step_tokens)
-        progress.step = self._saved_step = len(conditioned.step_tokens)
+        progress.step = self._saved_step = self._tried_step = len(conditioned.step_tokens)
         progress.frames_decoded = 0
         self.rows, self.next, self._keep_ratio = conditioned.rows, conditioned.next, conditioned.keep_ratio
         self.state_bytes = conditioned.state_bytes + conditioned.decode_bytes
@@ -232,10 +243,9 @@ class Rendering:
             log.info("job resumed", job_id=self.live.job_id, step=progress.step)
 
     async def denoising(self) -> None:
-        """Says that the coming step is about to begin. Raises Stopped."""
-        self._stop_if_asked()
+        """Says that the coming step is about to begin."""
         if self.live.job.state == pb.JOB_STATE_CONDITIONING:
-            await self._renderer.jobs.transition(self.live, pb.JOB_STATE_DENOISING)
+            await self._move(pb.JOB_STATE_DENOISING)
 
     def stepped(self, done: RequestStepped, seconds: float) -> None:
         """Takes note of a step.
@@ -265,35 +275,39 @@ class Rendering:
             await self._save()
 
     def _is_due(self) -> bool:
-        rule, steps = self._renderer.rule, self.live.job.progress.step - self._saved_step
+        rule, steps = self._renderer.rule, self.live.job.progress.step - self._tried_step
         at_end = self.next is None and self._unsaved_seconds >= _WORTH_SAVING_S
         return steps >= rule.steps or self._unsaved_seconds >= rule.seconds or at_end
 
-    async def _save(self) -> None:
-        """A checkpoint that cannot be written is a loss after a crash, no reason to fail the job now."""
+    async def _save(self) -> bool:
+        """Whether that went well. A checkpoint that cannot be written is a loss after a crash, no reason to fail."""
         r, live = self._renderer, self.live
+        self._tried_step, self._unsaved_seconds = live.job.progress.step, 0.0
         try:
             saved = await r.core.call(Save(live.job_id, str(r.checkpoints.path(live.job_id))), Saved)
         except CoreDied:
             raise
         except EngineError as error:
             log.error("no checkpoint", job_id=live.job_id, step=live.job.progress.step, error=f"{error}")
-        else:
-            r.metrics.checkpoint_seconds.observe(saved.seconds)
-            await r.jobs.got_on(live)
-        self._saved_step, self._unsaved_seconds = live.job.progress.step, 0.0
+            self._save_failed = True
+            return False
+        r.metrics.checkpoint_seconds.observe(saved.seconds)
+        self._saved_step, self._save_failed = self._tried_step, False
+        await r.jobs.got_on(live)
+        return True
 
-    async def decode(self) -> float:
-        """Decodes the next chunk of frames; the seconds that it took the core.
+    async def decode(self) -> None:
+        """Decodes the next chunk of frames.
 
         Raises:
             Stopped: the job was cancelled.
             EngineError, CoreDied, ArtifactError: it failed.
         """
+        self._stop_if_asked()
         await self.denoising()
         r, live, clip = self._renderer, self.live, self.live.job.clip
         if live.job.state == pb.JOB_STATE_DENOISING:
-            await r.jobs.transition(live, pb.JOB_STATE_DECODING)
+            await self._move(pb.JOB_STATE_DECODING)
             self._files = await asyncio.to_thread(ClipFiles, r.artifacts, live.job_id, clip, self._tally.engine)
             self._buffer = FrameBuffer(clip.height, clip.width, VAE_TEMPORAL_STRIDE, frame_dtype(clip))
         buffer = self._buffer
@@ -304,7 +318,6 @@ class Rendering:
         frames = await asyncio.to_thread(buffer.frames, decoded)
         await self._aside(self._write(decoded.first, frames))
         live.job.progress.frames_decoded = decoded.first + decoded.count
-        return decoded.seconds
 
     async def _aside(self, work: Coroutine[Any, Any, None]) -> None:
         """Does work while the core goes on; what was begun before is waited for."""
@@ -322,40 +335,63 @@ class Rendering:
         await asyncio.to_thread(self._files.write, frames)
 
     async def _show(self, draw: Callable[[], pb.Preview]) -> None:
-        self._renderer.jobs.progress(self.live, await asyncio.to_thread(draw))
+        """A picture that cannot be drawn is no reason to fail the clip."""
+        try:
+            preview = await asyncio.to_thread(draw)
+        except Exception as error:
+            log.error("no preview", job_id=self.live.job_id, exc_info=error)
+        else:
+            self._renderer.jobs.progress(self.live, preview)
 
-    async def suspend(self) -> None:
-        """Saves the state and leaves the core; the next `begin` goes on from there.
+    async def suspend(self) -> bool:
+        """Saves the state and leaves the core; the next `begin` goes on from there. False where it cannot be saved, and
+        the job stays.
 
         Raises:
             Stopped: the job was cancelled.
             CoreDied: before the state was saved.
         """
         self._stop_if_asked()
-        if self.live.job.progress.step > self._saved_step:
-            await self._save()
+        if self.live.job.progress.step > self._saved_step and not await self._save():
+            return False
         await self.abandon()
         self._stop_if_asked()
+        return True
 
     async def leave_core(self) -> None:
-        """Frees the core's state of this job; where the core is gone, so is the state."""
+        """Frees the core's state of this job; where the core is gone, so is the state. Does not raise."""
         self.phase, self.next = Phase.WAITING, None
-        if self._buffer is not None:
-            self._buffer.close()
-            self._buffer = None
-        with contextlib.suppress(EngineError):
+        with self._logged():
+            if self._buffer is not None:
+                buffer, self._buffer = self._buffer, None
+                buffer.close()
+        with self._logged(), contextlib.suppress(EngineError):
             await self._renderer.core.call(Release(self.live.job_id), Released)
 
     async def abandon(self) -> None:
-        """Gives up: leaves the core, and no file behind but the checkpoint."""
+        """Gives up: leaves the core, and no file behind but the checkpoint. Does not raise."""
         await self.leave_core()
         if self._working is not None:
             await asyncio.wait([self._working])
             self._working.exception()  # which nobody will ask for
             self._working = None
-        if self._files is not None:
-            await asyncio.to_thread(self._files.remove)
-            self._files = None
+        with self._logged():
+            if self._files is not None:
+                files, self._files = self._files, None
+                await asyncio.to_thread(files.remove)
+
+    @contextlib.contextmanager
+    def _logged(self) -> Iterator[None]:
+        """Whatever fails while cleaning up, the rest is cleaned up, and the server goes on."""
+        try:
+            yield
+        except Exception as error:
+            log.error("clean-up failed", job_id=self.live.job_id, exc_info=error)
+
+    async def _move(self, state: State, change: Callable[[pb.Job], object] | None = None) -> None:
+        """Raises NotStored."""
+        jobs, live = self._renderer.jobs, self.live
+        await self._renderer.patience.until_stored(live.job_id, lambda: jobs.transition(live, state, change))
 
     async def finish(self) -> None:
         """Completes and publishes the files, and ends the job. Needs no core.
@@ -369,7 +405,7 @@ class Rendering:
         if self._working is not None:
             await self._working
         self._stop_if_asked()
-        await r.jobs.transition(live, pb.JOB_STATE_ENCODING)
+        await self._move(pb.JOB_STATE_ENCODING)
         published = await asyncio.to_thread(self._files.publish)
         if live.job.clip.tokenization.mode == clip_pb2.Tokenization.CAT:
             tally.timings.append(StageTime("plan", tally.plan_seconds))
@@ -379,13 +415,18 @@ class Rendering:
             StageTime("mux", self._files.seconds),
         ]
         result = _result(tally, live.job.clip, published)
-        await r.jobs.transition(live, pb.JOB_STATE_SUCCEEDED, lambda job: job.result.CopyFrom(result))
+        await self._move(pb.JOB_STATE_SUCCEEDED, lambda job: job.result.CopyFrom(result))
         for timing in tally.timings:
             r.metrics.stage(timing)
 
     def _stop_if_asked(self) -> None:
         if self.live.stop_requested:
             raise Stopped
+
+
+@lru_cache(maxsize=1024)
+def _step_tokens(grid: Grid, steps: int, keep_ratio: float) -> tuple[int, ...]:
+    return step_tokens(grid, steps, keep_ratio)
 
 
 def _result(tally: _Tally, clip: clip_pb2.ClipSpec, published: list[ArtifactInfo]) -> pb.ClipResult:

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from functools import partial
 
 import structlog
-from sqlalchemy.exc import SQLAlchemyError
 
 from cinecat.server.artifacts import ArtifactError, ArtifactStore
 from cinecat.server.jobs import Jobs
@@ -60,7 +59,7 @@ class Retention:
                     await self.remove_orphans()
                     orphans_left = False
                 await self.round()
-            except (ArtifactError, OSError, SQLAlchemyError) as error:
+            except Exception as error:
                 log.error("retention failed; it is tried again", exc_info=error)
             await asyncio.sleep(_ROUND_S)
 

@@ -5,7 +5,6 @@ quantum fails or the core dies.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 from collections.abc import Awaitable, Callable, Sequence
 
@@ -13,12 +12,14 @@ import grpc
 import structlog
 
 from cinecat.engines.errors import CoreDied, EngineError, NoFreeSlot
+from cinecat.engines.messages import RequestStepped
 from cinecat.server.backlog import Backlog
 from cinecat.server.circuit import Circuit
 from cinecat.server.core_process import CoreProcess, succeeded
 from cinecat.server.errors import RequestError, ShuttingDown, explain, status_of
 from cinecat.server.jobs import Jobs, LiveJob
 from cinecat.server.metrics import Metrics
+from cinecat.server.patience import NotStored, Patience
 from cinecat.server.policy import Advance, Begin, Decision, DecodeChunk, Evict, Policy
 from cinecat.server.render import Renderer, Rendering, Stopped
 from cinecat.v1 import job_pb2 as pb
@@ -26,7 +27,6 @@ from cinecat.v1 import job_pb2 as pb
 MAX_ATTEMPTS = 3
 """A job that was alone in the core each time when it died, and got no further between, is given up after so many."""
 
-_PAUSES_S = (0.0, 1.0, 5.0, 15.0, 60.0)
 _SLOT_RETRY_S = 1.0
 
 log = structlog.get_logger(__name__)
@@ -43,6 +43,7 @@ class Scheduler:
         backlog: Backlog,
         policy: Policy,
         metrics: Metrics,
+        patience: Patience,
         on_core_state: Callable[[bool], Awaitable[None]],
     ) -> None:
         """`on_core_state` hears whether there is an engine core to work with."""
@@ -56,7 +57,8 @@ class Scheduler:
         self._arrival = asyncio.Event()
         self._circuit = Circuit()
         self._finishing: set[asyncio.Task[None]] = set()
-        self._drain = asyncio.Event()
+        self._patience = patience
+        self._drain = patience.drain
         jobs.on_dequeued = backlog.tell_positions
 
     def admit(self, request_hash: str = "") -> None:
@@ -125,8 +127,8 @@ class Scheduler:
             self._backlog.slots_full = False
 
     async def _stop_cancelled(self) -> None:
-        for rendering in self._backlog.in_core:
-            if rendering.live.stop_requested:
+        for rendering in self._backlog.unfinished:
+            if rendering.live.stop_requested and not rendering.live.ended:
                 await self._give_up(rendering, Stopped())
 
     async def _do(self, decision: Decision) -> None:
@@ -150,22 +152,35 @@ class Scheduler:
             await self._failed(renderings, error)
 
     async def _begin(self, rendering: Rendering) -> None:
+        self._circuit.check(rendering.live.request_hash)
         await rendering.begin()
         self._backlog.tell_positions()
 
     async def _advance(self, renderings: Sequence[Rendering]) -> None:
         stepped = await self._renderer.step(renderings)
+        # First all of them as the core has them now; then what may fail, each on its own.
+        failures: list[tuple[Rendering, EngineError]] = []
         for rendering, done in zip(renderings, stepped.requests, strict=True):
             try:
-                rendering.stepped(own := succeeded(done), stepped.seconds)
+                rendering.stepped(succeeded(done), stepped.seconds)
             except EngineError as error:
-                await self._give_up(rendering, error)
-                continue
-            self._backlog.report(rendering)
-            await rendering.show(own)
-        for rendering in renderings:
-            if rendering.in_core:
-                await rendering.save_if_due()
+                failures.append((rendering, error))
+        for rendering, failure in failures:
+            await self._give_up(rendering, failure)
+        for rendering, done in zip(renderings, stepped.requests, strict=True):
+            if rendering.in_core and isinstance(done, RequestStepped):
+                self._backlog.report(rendering)
+                await self._on_its_own(rendering, rendering.show(done))
+                await self._on_its_own(rendering, rendering.save_if_due())
+
+    async def _on_its_own(self, rendering: Rendering, work: Awaitable[None]) -> None:
+        """What goes wrong with one of several jobs is that one's. Raises CoreDied, which is everybody's."""
+        try:
+            await work
+        except CoreDied:
+            raise
+        except Exception as error:
+            await self._give_up(rendering, error)
 
     async def _decode(self, rendering: Rendering) -> None:
         """When all frames are there, the files are completed while the core does something else."""
@@ -179,14 +194,15 @@ class Scheduler:
             finishing.add_done_callback(self._finishing.discard)
 
     async def _evict(self, rendering: Rendering) -> None:
-        await rendering.suspend()
+        if not await rendering.suspend():
+            return
         self._metrics.preemptions.inc()
         live = rendering.live
-        live.attempts -= 1  # it went out as it came in
+        live.attempts = max(0, live.attempts - 1)  # it went out as it came in
         log.info("job sent out", job_id=live.job_id, step=live.job.progress.step)
-        reason = f"a more urgent clip needs the room; goes on from step {live.job.progress.step}"
-        await self._until_stored(live, lambda: self._jobs.requeue(live, reason))
         self._backlog.slots_full = False
+        reason = f"a more urgent clip needs the room; goes on from step {live.job.progress.step}"
+        await self._store(rendering, lambda: self._jobs.requeue(live, reason))
         self._backlog.tell_positions()
 
     async def _finish(self, rendering: Rendering) -> None:
@@ -213,22 +229,24 @@ class Scheduler:
             await self._await_slot(rendering, error)
             return
         self._backlog.remove(rendering)
+        if isinstance(error, NotStored):
+            return  # and the next start finds it unfinished
         if stopped:
-            await self._until_stored(live, lambda: self._jobs.transition(live, pb.JOB_STATE_CANCELLED))
+            await self._store(rendering, lambda: self._jobs.transition(live, pb.JOB_STATE_CANCELLED))
         else:
             code = status_of(error)
             if code is grpc.StatusCode.INTERNAL:
                 log.error("job failed", job_id=live.job_id, exc_info=error)
-            await self._until_stored(live, lambda: self._jobs.fail(live, code.value[0], explain(error)))
+            await self._store(rendering, lambda: self._jobs.fail(live, code.value[0], explain(error)))
 
     async def _await_slot(self, rendering: Rendering, error: NoFreeSlot) -> None:
         """Puts a job back. Later jobs that wear a style do not overtake it, others do."""
         live = rendering.live
         log.info("job waits for a style slot", job_id=live.job_id, reason=f"{error}")
-        live.attempts -= 1  # it never began
-        self._backlog.slots_full = True
-        if await self._until_stored(live, lambda: self._jobs.requeue(live, f"{error}")):
-            self._backlog.tell_positions()
+        live.attempts = max(0, live.attempts - 1)  # it never began
+        self._backlog.found_no_slot(rendering)
+        await self._store(rendering, lambda: self._jobs.requeue(live, f"{error}"))
+        self._backlog.tell_positions()
 
     async def _lost(self, involved: Sequence[Rendering], error: CoreDied) -> None:
         """The core died in a quantum of these jobs, and everything that it held is gone. One that was alone in it may
@@ -244,47 +262,39 @@ class Scheduler:
 
     async def _put_back(self, rendering: Rendering, error: CoreDied, *, blamed: bool) -> None:
         live = rendering.live
-        log.error("engine core died", job_id=live.job_id, attempt=live.attempts, blamed=blamed, error=f"{error}")
         await rendering.abandon()
+        if live.ended:
+            return
+        log.error("engine core died", job_id=live.job_id, attempt=live.attempts, blamed=blamed, error=f"{error}")
         if live.stop_requested:
             self._backlog.remove(rendering)
-            await self._until_stored(live, lambda: self._jobs.transition(live, pb.JOB_STATE_CANCELLED))
+            await self._store(rendering, lambda: self._jobs.transition(live, pb.JOB_STATE_CANCELLED))
         elif blamed and live.attempts >= MAX_ATTEMPTS and not self._drain.is_set():
             self._backlog.remove(rendering)
             self._circuit.open(live.request_hash, live.job_id)
             code, message = status_of(error).value[0], f"{error}; the job was tried {live.attempts} times"
-            await self._until_stored(live, lambda: self._jobs.fail(live, code, message))
+            await self._store(rendering, lambda: self._jobs.fail(live, code, message))
         elif live.job.state != pb.JOB_STATE_QUEUED:
             if not blamed or self._drain.is_set():
                 live.attempts = max(0, live.attempts - 1)  # it was not its fault
-            await self._until_stored(live, lambda: self._jobs.requeue(live))
+            await self._store(rendering, lambda: self._jobs.requeue(live))
 
-    async def _until_stored(self, live: LiveJob, transition: Callable[[], Awaitable[None]]) -> bool:
-        """Tries until the database takes it, so that no job hangs after a full disk; false when the drain came first,
-        and the next start finds the job unfinished.
-        """
-        for attempt in itertools.count():
-            try:
-                await transition()
-            except Exception as error:
-                log.error("a transition could not be stored", job_id=live.job_id, attempt=attempt, exc_info=error)
-            else:
-                return True
-            if await self._drained_within(_pause(attempt + 1)):
-                return False
-        raise AssertionError("unreachable")
-
-    async def _drained_within(self, seconds: float) -> bool:
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._drain.wait(), seconds)
-        return self._drain.is_set()
+    async def _store(self, rendering: Rendering, transition: Callable[[], Awaitable[None]]) -> None:
+        """Stores what became of a job, however long that takes. Does not raise."""
+        try:
+            await self._patience.until_stored(rendering.live.job_id, transition)
+        except NotStored:
+            log.warning("left for the next start", job_id=rendering.live.job_id)
+        except ValueError as error:
+            # It was cancelled, or has ended, meanwhile.
+            log.warning("too late for a transition", job_id=rendering.live.job_id, error=f"{error}")
 
     async def _restart_core(self) -> None:
         """Tries until there is a core again, or the drain begins."""
         log.error("engine core is gone; starting another")
         await self._on_core_state(False)
         for attempt in itertools.count():
-            if await self._drained_within(_pause(attempt)):
+            if await self._patience.drained_while_waiting(attempt):
                 return
             try:
                 await self._core.restart()
@@ -293,7 +303,3 @@ class Scheduler:
                 continue
             await self._on_core_state(True)
             return
-
-
-def _pause(attempt: int) -> float:
-    return _PAUSES_S[min(attempt, len(_PAUSES_S) - 1)]

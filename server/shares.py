@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import time
+from collections import deque
 from collections.abc import Callable, Collection
 
 BATCH_SHARE = 0.1
 """Of the time, to batch jobs, while interactive ones want all of it."""
 
-_LOAD_SECONDS = 120.0
-"""The interactive load is that of the last minutes: older quanta count e times less with each such time."""
+_LOAD_SECONDS = 300.0
+_LOAD_ARRIVALS = 3
+"""The interactive load is that of jobs which came in the last minutes; fewer say nothing of those to come."""
 
 
 class Shares:
@@ -23,8 +24,8 @@ class Shares:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._began = self._counted = clock()
-        self._interactive = 0.0  # seconds to interactive jobs, older ones counting less
+        self._began = clock()
+        self._arrivals: deque[tuple[float, float]] = deque()  # of interactive jobs: when, and their work in seconds
         self.tenant_seconds: dict[str, float] = {}
         self._owed = 0.0  # seconds to batch jobs
         self._batch_quantum = 0.0  # seconds of the last one
@@ -46,13 +47,18 @@ class Shares:
 
     @property
     def interactive_load(self) -> float:
-        """Share of the time that interactive jobs took lately, 0 to 0.9."""
+        """Share of the time that interactive jobs asked for lately, 0 to 0.9."""
         now = self._clock()
-        window = _LOAD_SECONDS * (1.0 - math.exp(-(now - self._began) / _LOAD_SECONDS))
-        return min(1.0 - BATCH_SHARE, self._interactive * self._faded(now) / window) if window > 0 else 0.0
+        while self._arrivals and now - self._arrivals[0][0] > _LOAD_SECONDS:
+            self._arrivals.popleft()
+        if len(self._arrivals) < _LOAD_ARRIVALS:
+            return 0.0
+        window = max(1.0, min(_LOAD_SECONDS, now - self._began))
+        return min(1.0 - BATCH_SHARE, sum(work for _, work in self._arrivals) / window)
 
-    def _faded(self, now: float) -> float:
-        return math.exp(-(now - self._counted) / _LOAD_SECONDS)
+    def arrived(self, work: float) -> None:
+        """Counts an interactive job and its work, in seconds."""
+        self._arrivals.append((self._clock(), work))
 
     def spent(self, interactive: bool, seconds: float, both_want: bool) -> None:
         """Counts a quantum.
@@ -61,9 +67,6 @@ class Shares:
             interactive: the class of its jobs.
             both_want: there are jobs of both classes.
         """
-        now = self._clock()
-        self._interactive = self._interactive * self._faded(now) + (seconds if interactive else 0.0)
-        self._counted = now
         if not interactive:
             self._batch_quantum = seconds
             self._owed = max(0.0, self._owed - seconds)

@@ -36,7 +36,7 @@ class StoredJob:
 
     Attributes:
         request_hash: of everything the caller asked for, to tell a retry from a second request with the same key.
-        attempts: how often the engine core has started on it.
+        attempts: how often the engine core has started on it since it last got on.
         tenant: whose job it is; request ids of one tenant do not meet those of another.
     """
 

@@ -22,6 +22,7 @@ from cinecat.server.costs import Costs
 from cinecat.server.inputs import JobInputs
 from cinecat.server.jobs import Jobs
 from cinecat.server.metrics import Metrics
+from cinecat.server.patience import Patience
 from cinecat.server.render import CheckpointRule, Renderer
 from cinecat.server.store import JobStore
 from cinecat.server.styles import StyleCatalogue
@@ -58,8 +59,12 @@ async def warm_up(core: CoreProcess, info: ModelInfo, model: models_pb2.Model) -
         checkpoints = Checkpoints(folder / "checkpoints")
         jobs = Jobs(JobStore(folder / "jobs.sqlite"), inputs, checkpoints, 0.0, metrics)
         rule = CheckpointRule(steps=_STEPS, seconds=0.0)
-        renderer = Renderer(core, model, jobs, catalogue, inputs, artifacts, checkpoints, rule, metrics, Costs())
-        job = job_pb2.Job(job_id=uuid.uuid4().hex, clip=clip, detached=True)
+        renderer = Renderer(
+            core, model, jobs, catalogue, inputs, artifacts, checkpoints, rule, metrics, Costs(), Patience()
+        )
+        # The first preview fits a map to the VAE.
+        previews = job_pb2.Previews(every_steps=1)
+        job = job_pb2.Job(job_id=uuid.uuid4().hex, clip=clip, detached=True, previews=previews)
         live, _ = await jobs.accept(job, np.full((clip.height, clip.width, 3), 127, dtype=np.uint8), "")
         assert live is not None
         try:

@@ -56,7 +56,7 @@ class ScriptedCore:
     Attributes:
         fates: by job id, what happens to the steps of a job, in turn: an exception fails the whole call, a Failure that
             request alone, None lets it be. CoreDied also ends the core.
-        on_begin, decode_fates: the same for Condition and Decode.
+        on_begin, save_fates, decode_fates: the same for Condition, Save and Decode.
         gate: calls of Step wait until it is set.
         row_share: seconds of a step are STEP_S x (1 + row_share x (jobs - 1)), as it says; no time passes.
         calls: all of them.
@@ -65,6 +65,7 @@ class ScriptedCore:
 
     fates: dict[str, list[Exception | Failure | None]] = field(default_factory=dict)
     on_begin: dict[str, list[Exception]] = field(default_factory=dict)
+    save_fates: dict[str, list[Exception | None]] = field(default_factory=dict)
     decode_fates: dict[str, list[Exception | None]] = field(default_factory=dict)
     row_share: float = 1.0
     state_bytes: int = 1
@@ -117,6 +118,9 @@ class ScriptedCore:
                 await self._work()
                 return self._step(job_ids, previews)
             case Save(job_id, path):
+                fates = self.save_fates.get(job_id)
+                if fates and (fate := fates.pop(0)) is not None:
+                    raise fate
                 await asyncio.to_thread(Path(path).write_text, f"{self.states[job_id].step}")
                 return Saved(0.001, 1)
             case Decode(job_id, buffer, dtype):

@@ -247,7 +247,7 @@ def test_a_restart_queues_what_was_running_from_its_beginning_oldest_first(tmp_p
     async def after() -> None:
         async with front(tmp_path) as f:
             oldest, waiting = await f.jobs.restore()
-            assert (oldest.job_id, oldest.job.state, oldest.attempts) == ("oldest", QUEUED, 1)
+            assert (oldest.job_id, oldest.job.state, oldest.attempts) == ("oldest", QUEUED, 0)
             assert (oldest.job.progress.step, oldest.job.progress.frames_decoded) == (0, 0)
             assert oldest.job.start_time.ToMicroseconds() >= oldest.job.create_time.ToMicroseconds()
             assert (waiting.job_id, waiting.job.state) == ("waiting", QUEUED)
@@ -392,10 +392,27 @@ def test_a_job_that_is_being_cancelled_cannot_be_started(tmp_path: Path) -> None
             f.store.hold()
             cancelling = asyncio.create_task(f.jobs.cancel(live.job_id))
             await f.reached()
-            with pytest.raises(ValueError, match="from cancelled to conditioning"):
-                await f.jobs.transition(live, CONDITIONING)
+            starting = asyncio.create_task(f.jobs.transition(live, CONDITIONING))
             f.store.open.set()
             assert (await cancelling).state == CANCELLED
+            with pytest.raises(ValueError, match="from cancelled to conditioning"):
+                await starting
+
+
+def test_a_transition_that_is_taken_back_takes_no_later_one_with_it(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with front(tmp_path) as f:
+            live = await f.accept(new_job())
+            f.store.hold()
+            f.store.broken_once = True
+            starting = asyncio.create_task(f.jobs.transition(live, CONDITIONING))
+            await f.reached()
+            cancelling = asyncio.create_task(f.jobs.transition(live, CANCELLED))
+            f.store.open.set()
+            with pytest.raises(OSError, match="disk full"):
+                await starting
+            await cancelling
+            assert states(await watched(f.jobs, live.job_id)) == [QUEUED, CANCELLED]
 
     asyncio.run(scenario())
 

@@ -14,12 +14,15 @@ import pytest
 from cinecat.engines.errors import CoreDied, EngineError, EngineFault, ModelError, NoFreeSlot, OutOfMemory
 from cinecat.engines.messages import Failure, Release, StepShape
 from cinecat.plugins.registry import UnknownStyle
+from cinecat.server import patience as patience_module
+from cinecat.server import render as render_module
 from cinecat.server import scheduler as scheduler_module
 from cinecat.server.artifacts import ArtifactError, ArtifactStore
 from cinecat.server.backlog import Backlog, Limits
 from cinecat.server.costs import Costs
 from cinecat.server.errors import RequestError, ShuttingDown
 from cinecat.server.jobs import LiveJob
+from cinecat.server.patience import Patience
 from cinecat.server.policy import by_step
 from cinecat.server.render import CheckpointRule, Renderer, Stopped
 from cinecat.server.scheduler import Scheduler
@@ -44,7 +47,7 @@ class Line:
         self.costs = Costs()
         self.artifacts = ArtifactStore(str(folder / "artifacts"))
         core: Any = self.core
-        renderer = Renderer(
+        self.renderer = renderer = Renderer(
             core,
             model(),
             f.jobs,
@@ -55,9 +58,10 @@ class Line:
             CheckpointRule(steps=2, seconds=NEVER_S),
             f.metrics,
             self.costs,
+            patience := Patience(),
         )
         backlog = Backlog(f.jobs, self.costs, limits, f.metrics)
-        self.scheduler = Scheduler(f.jobs, renderer, core, backlog, by_step, f.metrics, self._on_core_state)
+        self.scheduler = Scheduler(f.jobs, renderer, core, backlog, by_step, f.metrics, patience, self._on_core_state)
         self.worker = asyncio.create_task(self.scheduler.run())
 
     async def _on_core_state(self, alive: bool) -> None:
@@ -454,7 +458,7 @@ def test_a_core_that_dies_while_idle_is_replaced(tmp_path: Path) -> None:
 
 
 def test_a_core_that_does_not_start_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scheduler_module, "_PAUSES_S", (0.0, 0.001))
+    monkeypatch.setattr(patience_module, "_PAUSES_S", (0.0, 0.001))
 
     async def scenario(line: Line) -> None:
         line.core.fates["a"] = [CoreDied("exit code -9")]
@@ -468,7 +472,7 @@ def test_a_core_that_does_not_start_is_tried_again(tmp_path: Path, monkeypatch: 
 def test_a_shutdown_does_not_wait_for_the_next_try_to_start_a_core(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scheduler_module, "_PAUSES_S", (0.0, NEVER_S))
+    monkeypatch.setattr(patience_module, "_PAUSES_S", (0.0, NEVER_S))
 
     async def scenario(line: Line) -> None:
         line.core.fates["a"] = [CoreDied("exit code -9")]
@@ -534,7 +538,7 @@ def test_a_job_that_was_cancelled_is_not_put_back_by_a_drain(tmp_path: Path) -> 
 def test_a_database_that_fails_for_a_while_only_delays_what_must_be_stored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fate: Exception, end: int
 ) -> None:
-    monkeypatch.setattr(scheduler_module, "_PAUSES_S", (0.0, 0.001))
+    monkeypatch.setattr(patience_module, "_PAUSES_S", (0.0, 0.001))
 
     async def scenario(line: Line) -> None:
         line.core.gate.clear()
@@ -636,5 +640,148 @@ def test_a_job_that_is_cancelled_while_it_finds_no_slot_ends(tmp_path: Path) -> 
         line.core.gate.set()
         await ended(a)
         assert a.job.state == CANCELLED
+
+    with_line(tmp_path, scenario)
+
+
+# --- what a review found ----------------------------------------------------------------------------------------------
+
+
+def test_a_clip_of_merged_tokens_that_finds_no_slot_for_the_adapter_waits_like_any_other(tmp_path: Path) -> None:
+    async def scenario(line: Line) -> None:
+        line.core.on_begin["cat"] = [NoFreeSlot(NO_SLOT)] * 3
+        clip = clip_pb2.ClipSpec(steps=40)
+        (resident,) = await line.enqueue("resident", clip=clip, priority=pb.PRIORITY_BATCH)
+        await until(lambda: resident.job.progress.step >= 1)
+        merged = clip_pb2.Tokenization(mode=clip_pb2.Tokenization.CAT, keep_ratio=0.5)
+        (cat,) = await line.enqueue("cat", clip=clip_pb2.ClipSpec(tokenization=merged))
+        await ended(resident)
+        # Tried once, and again when a clip had left the core; not before every step.
+        assert line.core.begun.count("cat") <= 2
+        line.core.on_begin["cat"] = []
+        await ended(cat)
+
+    with_line(tmp_path, scenario)
+
+
+def test_a_death_after_one_of_several_has_failed_leaves_nobody_behind(tmp_path: Path) -> None:
+    async def scenario(line: Line) -> None:
+        line.core.row_share = 0.0
+        # Both at the ninth step, after which the other one is saved.
+        line.core.fates["bad"] = [None] * 9 + [Failure("request", "NaN")]
+        line.core.save_fates["good"] = [None] * 4 + [CoreDied("exit code -9")]
+        line.core.gate.clear()
+        jobs = await line.enqueue("good", "bad", "next", clip=clip_pb2.ClipSpec(steps=30))
+        line.core.gate.set()
+        await ended(*jobs)
+        assert [live.job.state for live in jobs] == [SUCCEEDED, FAILED, SUCCEEDED]
+
+    with_line(tmp_path, scenario)
+
+
+def test_a_clean_up_that_fails_ends_neither_the_server_nor_other_jobs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(line: Line) -> None:
+        def broken(job_id: str) -> None:
+            raise RuntimeError("a bucket's own error")
+
+        monkeypatch.setattr(line.artifacts, "delete_job", broken)
+        line.core.decode_fates["bad"] = [EngineFault("broken")]
+        bad, good = await line.enqueue("bad", "good")
+        await ended(bad, good)
+        assert (bad.job.state, good.job.state) == (FAILED, SUCCEEDED)
+        assert not line.worker.done()
+
+    with_line(tmp_path, scenario)
+
+
+def test_a_database_that_fails_once_fails_no_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patience_module, "_PAUSES_S", (0.0, 0.001))
+
+    async def scenario(line: Line) -> None:
+        line.core.gate.clear()
+        (live,) = await line.enqueue("a")
+        await until(lambda: live.transitions[-1].job.state == pb.JOB_STATE_DENOISING)
+        line.front.store.broken_once = True
+        line.core.gate.set()
+        await ended(live)
+        assert live.job.state == SUCCEEDED
+
+    with_line(tmp_path, scenario)
+
+
+def test_a_cancel_that_is_not_stored_leaves_the_job_in_the_queue(tmp_path: Path) -> None:
+    async def scenario(line: Line) -> None:
+        line.core.gate.clear()
+        _, waiting = await line.enqueue("running", "waiting")
+        await until(lambda: bool(line.core.stepped))
+        line.front.store.broken_once = True
+        with pytest.raises(OSError, match="disk full"):
+            await line.front.jobs.cancel("waiting")
+        line.core.gate.set()
+        # The wish is known, and is carried out before anything else.
+        await ended(waiting)
+        assert waiting.job.state == CANCELLED
+
+    with_line(tmp_path, scenario)
+
+
+def test_a_render_that_cannot_be_saved_is_not_sent_out(tmp_path: Path) -> None:
+    async def scenario(line: Line) -> None:
+        line.core.state_bytes = 10
+        line.core.save_fates["render"] = [EngineError("no space left on device")] * 99
+        (render,) = await line.enqueue("render", clip=clip_pb2.ClipSpec(steps=20), priority=pb.PRIORITY_BATCH)
+        await until(lambda: render.job.progress.step >= 3)
+        (preview,) = await line.enqueue("preview")
+        await ended(preview, render)
+        assert {preview.job.state, render.job.state} == {SUCCEEDED}
+        assert set(line.core.steps.values()) == {1}
+
+    with_line(tmp_path, scenario, state_bytes=15)
+
+
+def test_a_preview_that_cannot_be_drawn_fails_no_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> pb.Preview:
+        raise ValueError("no picture")
+
+    monkeypatch.setattr(render_module.previews, "estimate", broken)
+    monkeypatch.setattr(render_module.previews, "decoded", broken)
+
+    async def scenario(line: Line) -> None:
+        (live,) = await line.enqueue("a", previews=pb.Previews(every_steps=1, frames=True))
+        await ended(live)
+        assert live.job.state == SUCCEEDED
+
+    with_line(tmp_path, scenario)
+
+
+def test_copies_of_a_job_that_keeps_killing_the_core_are_not_tried(tmp_path: Path) -> None:
+    async def scenario(line: Line) -> None:
+        line.core.gate.clear()
+        jobs = await line.enqueue("a", "b")
+        for live in jobs:
+            live.request_hash = "the same"
+            line.core.fates[live.job_id] = [CoreDied("exit code -9")] * 9
+        line.core.gate.set()
+        await ended(*jobs)
+        assert {live.job.state for live in jobs} == {FAILED}
+        assert line.core.restarts == 3
+
+    with_line(tmp_path, scenario)
+
+
+def test_a_thousand_waiting_jobs_do_not_make_a_decision_slow(tmp_path: Path) -> None:
+    async def scenario(line: Line) -> None:
+        line.core.gate.clear()
+        backlog = Backlog(line.front.jobs, line.costs, Limits(2000, 8, 0), line.front.metrics)
+        for number in range(1000):
+            job = new_job(f"{number}")
+            job.clip.model = "wan-tiny"
+            job.create_time.GetCurrentTime()
+            live = LiveJob(job, "")
+            backlog.add(line.renderer.take(live))
+        assert len(backlog.snapshot(resident_only=False).tasks) <= 64
+        assert backlog.waiting == 1000
 
     with_line(tmp_path, scenario)
