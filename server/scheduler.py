@@ -137,7 +137,7 @@ class Scheduler:
             with self._backlog.charged(renderings):
                 match decision:
                     case Begin():
-                        await self._begin(renderings[0])
+                        await renderings[0].begin()
                     case Advance():
                         await self._advance(renderings)
                     case DecodeChunk():
@@ -148,10 +148,6 @@ class Scheduler:
             await self._lost(renderings, error)
         except Exception as error:
             await self._failed(renderings, error)
-
-    async def _begin(self, rendering: Rendering) -> None:
-        await rendering.begin()
-        self._backlog.tell_positions()
 
     async def _advance(self, renderings: Sequence[Rendering]) -> None:
         stepped = await self._renderer.step(renderings)
