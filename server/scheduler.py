@@ -154,7 +154,6 @@ class Scheduler:
     async def _begin(self, rendering: Rendering) -> None:
         self._circuit.check(rendering.live.request_hash)
         await rendering.begin()
-        self._backlog.tell_positions()
 
     async def _advance(self, renderings: Sequence[Rendering]) -> None:
         stepped = await self._renderer.step(renderings)

@@ -75,7 +75,7 @@ class _Read:
 
 def bench_watchers(quick: bool, out: Path | None) -> Report:
     """Runs the benchmark; with `out`, writes its samples there as CSV."""
-    sizes = _Sizes(pairs=2 if quick else 15)
+    sizes = _Sizes(pairs=2, steps=3) if quick else _Sizes(pairs=15)
     with (
         tempfile.TemporaryDirectory(prefix="cinecat-bench-") as scratch,
         running_server(Path(scratch), *_OPTIONS) as server,

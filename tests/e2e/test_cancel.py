@@ -29,10 +29,11 @@ AT_ONCE = 20
 STEPS = 12
 CLIENTS = 4
 
-OPTIONS = ("--checkpoint-steps", "2", "--drain-seconds", "0")
+# No cache, which every new prompt would fill a little more.
+OPTIONS = ("--checkpoint-steps", "2", "--drain-seconds", "0", "--cache-mib", "0")
 
-CORE_GROWTH_MIB = 24
-"""More than an allocator's wavering, less than a tenth of a MiB for each of eighty jobs and some room."""
+CORE_GROWTH_MIB = 16
+"""Over eighty jobs: what allocators waver by, and less than the state of a single one in each of them would be."""
 
 
 @dataclass(frozen=True)
