@@ -24,6 +24,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -243,7 +244,7 @@ def _call(address: str, connection: Connection) -> None:
 async def _serve_rounds(address: str, connection: Connection) -> None:
     own = [("grpc.use_local_subchannel_pool", 1)]
     channels = [grpc.aio.insecure_channel(address, options=own) for _ in _PAUSES_S]
-    stubs = [generation_pb2_grpc.GenerationStub(channel) for channel in channels]  # type: ignore[no-untyped-call]
+    stubs: list[Any] = [generation_pb2_grpc.GenerationStub(channel) for channel in channels]
     over, watching = asyncio.Event(), list[asyncio.Task[_Read]]()
     while True:
         job_id: str | None = await asyncio.to_thread(connection.recv)
@@ -257,7 +258,7 @@ async def _serve_rounds(address: str, connection: Connection) -> None:
         over, watching = asyncio.Event(), []
 
 
-async def _watch(stub: generation_pb2_grpc.GenerationStub, job_id: str, pause_s: float, over: asyncio.Event) -> _Read:
+async def _watch(stub: Any, job_id: str, pause_s: float, over: asyncio.Event) -> _Read:
     """Reads a job's events, with a pause after each, until the round is over; from then on without, until they end. A
     reader who never reads on leaves then.
     """
