@@ -109,6 +109,6 @@ def _encoded(model: WanEncoders, clip: CaptionedClip, caption: str, shape: ClipS
 def _modes(model: WanEncoders, frames: Tensor) -> Tensor:
     """The VAE's latent modes [1, 16, T, H / 8, W / 8] of frames [4k + 1, 3, H, W], not normalised."""
     stream = Stream(encoder_layers(model.vae))
-    chunks = (frames[:1], *frames[1:].split(VAE_TEMPORAL_STRIDE))
+    chunks = (frames[:1], *torch.split(frames[1:], VAE_TEMPORAL_STRIDE))
     moments = torch.cat([stream(chunk) for chunk in chunks if len(chunk)])
     return moments.transpose(0, 1)[None].chunk(2, dim=1)[0]
