@@ -90,6 +90,11 @@ def train_style(
     save_seconds: Annotated[
         float, typer.Option(min=0, help="Seconds between two checkpoints; 0 is every step.")
     ] = 60.0,
+    start: Annotated[Path | None, typer.Option(help="File of a LoRA to train further, of the same layers.")] = None,
+    scale: Annotated[
+        float,
+        typer.Option(min=0.01, max=4.0, help="What strength 1 is of the LoRA as trained; less keeps more motion."),
+    ] = 1.0,
     preview: Annotated[bool, typer.Option(help="Render one with the engine.")] = True,
 ) -> None:
     """Trains a style on a few captioned clips, for any Wan2.1 I2V checkpoint."""
@@ -132,6 +137,8 @@ def train_style(
         preview=preview,
         lpips_weights=lpips_weights,
         save_seconds=save_seconds,
+        start=start,
+        scale=scale,
     )
     # Under `accelerate launch` every process comes here, and one of them speaks.
     main = os.environ.get("RANK", "0") == "0"
@@ -228,10 +235,13 @@ def film_set(
     frames: Annotated[int, typer.Option(min=1, max=1001, help="Of each film.")] = 17,
     fps: Annotated[float, typer.Option(min=1, max=240, help="Frames a second.")] = 8.0,
     kinds: Annotated[str, typer.Option(help="Kinds of shots, in turn, e.g. slide,still; all when left out.")] = "",
+    from_model: Annotated[
+        str, typer.Option(help="A model, as --model of train-style, whose own clips of the films are written instead.")
+    ] = "",
 ) -> None:
     """Writes captioned clips of the procedural film set, in a look of choice, to train a style on."""
     try:
-        from cinecat.engines.training.film_set import write_film_set
+        from cinecat.engines.training.film_set import played_by, write_film_set
         from cinecat.engines.training.grades import GRADES
         from cinecat.engines.training.progress import training_bar
         from cinecat.engines.training.scenes import SHARES
@@ -255,8 +265,13 @@ def film_set(
             done += 1
             move(done, "")
 
+        shape = ClipShape(width, height, frames, fps)
         try:
-            write_film_set(out_dir, clips, grade, ClipShape(width, height, frames, fps), first_seed, chosen, made)
+            play = played_by(from_model, shape) if from_model else None
+            write_film_set(out_dir, clips, grade, shape, first_seed, chosen, made, play)
+        except EngineError as error:
+            typer.echo(f"film-set: {error}", err=True)
+            raise typer.Exit(2) from error
         except OSError as error:
             typer.echo(f"film-set: OUT_DIR: {error}", err=True)
             raise typer.Exit(2) from error

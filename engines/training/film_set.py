@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,42 @@ from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 from numpy.typing import NDArray
 from PIL import Image
 
+from cinecat.engines.checkpoint import find_checkpoint
+from cinecat.engines.core import EngineCore
+from cinecat.engines.messages import CoreConfig
+from cinecat.engines.training.evaluation import Sampling, generate
 from cinecat.engines.training.film import Clip, make_clip
 from cinecat.engines.training.grades import GRADES, plain
 from cinecat.engines.training.scenes import Kind
-from cinecat.engines.training.styles.clips import ClipShape
+from cinecat.engines.training.styles.clips import SEED_SUFFIX, ClipShape
+from cinecat.engines.training.styles.sizes import check_shape, defaults
+
+_MODEL_STEPS = 12
+
+Played = Callable[[Clip, int], NDArray[np.uint8]]
+"""Makes a model's own clip of a film, [frames, height, width, 3], from the noise of a seed."""
+
+
+def played_by(model: str, shape: ClipShape) -> Played:
+    """What a model makes of the first frame and the caption of a film, without any style.
+
+    Args:
+        model: as in `find_checkpoint`.
+
+    Raises:
+        EngineError: it cannot be loaded, or cannot make clips of that shape.
+    """
+    checkpoint = find_checkpoint(model)
+    check_shape(shape, checkpoint)
+    config = CoreConfig(model, "auto", "auto", threads=0, style_slots=1, max_rank=1, cache_bytes=0)
+    core = EngineCore(checkpoint, config)
+    guidance = defaults(checkpoint).guidance_scale
+
+    def play(film: Clip, seed: int) -> NDArray[np.uint8]:
+        sampling = Sampling(_MODEL_STEPS, guidance, seed)
+        return generate(core, film.first_frame, film.caption, len(film.frames), sampling)
+
+    return play
 
 
 def write_film_set(
@@ -27,6 +60,7 @@ def write_film_set(
     first_seed: int = 0,
     kinds: Sequence[Kind] = (),
     made: Callable[[], None] = lambda: None,
+    play: Played | None = None,
 ) -> None:
     """Writes films film-0000.mp4, film-0001.mp4, ... with a caption beside each as .txt.
 
@@ -39,6 +73,8 @@ def write_film_set(
         first_seed: of the first film; the others follow.
         kinds: of the films, in turn; empty draws them as the set does.
         made: called after every film.
+        play: makes the clips that are graded, in place of the films, whose seeds become those of the noise: that is
+            written beside each as .seed, and the film's first frame as .png.
 
     Raises:
         FileExistsError: a film of such a name is there already.
@@ -50,7 +86,13 @@ def write_film_set(
     for index in range(clips):
         kind = kinds[index % len(kinds)] if kinds else None
         film = make_clip(first_seed + index, shape.frames, shape.height, shape.width, kind=kind)
-        write_film(folder / f"film-{index:04d}.mp4", film, grade, shape.fps)
+        path = folder / f"film-{index:04d}.mp4"
+        if play is None:
+            write_film(path, film, grade, shape.fps)
+        else:
+            write_film(path, replace(film, frames=play(film, first_seed + index)), grade, shape.fps)
+            Image.fromarray(film.first_frame).save(path.with_suffix(".png"))
+            path.with_suffix(SEED_SUFFIX).write_text(f"{first_seed + index}\n", encoding="utf-8")
         made()
 
 

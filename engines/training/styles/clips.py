@@ -14,10 +14,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 METADATA_NAME = "metadata.jsonl"
+SEED_SUFFIX = ".seed"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif")
 _CAPTION_KEYS = ("text", "caption", "prompt")
 _FILE_KEYS = ("file_name", "video", "path")
+_MOST_SEED = 2**63 - 1
 _MOST_PIXELS = 64_000_000
 """Of one frame; more is refused before anything is decoded."""
 
@@ -42,19 +44,22 @@ class CaptionedClip:
 
     Attributes:
         image: the picture that a request for such a clip would send; None for the clip's own first frame.
+        seed: of the noise that the model made it from; None for a clip that comes from elsewhere.
     """
 
     path: Path
     caption: str
     image: Path | None = None
+    seed: int | None = None
 
 
 def find_clips(folder: Path, shape: ClipShape) -> tuple[list[CaptionedClip], list[str]]:
     """The clips of a folder that can be trained on, and one sentence on each of the others.
 
     Captions are in metadata.jsonl, {"file_name": "a.mp4", "text": "..."} a line, or in a .txt beside each clip. A
-    picture of the same name is what the clip is to be made from. Every clip is decoded as far as it will be needed, so
-    that what is broken is known before anything is trained.
+    picture of the same name is what the clip is to be made from, and a number in a .seed file is that of the noise that
+    the model made it from. Every clip is decoded as far as it will be needed, so that what is broken is known before
+    anything is trained.
 
     Raises:
         ClipError: the folder or its metadata.jsonl cannot be read.
@@ -72,10 +77,11 @@ def find_clips(folder: Path, shape: ClipShape) -> tuple[list[CaptionedClip], lis
             read_clip(path, shape)
             if image is not None:
                 read_image(image, shape)
+            seed = _seed(path.with_suffix(SEED_SUFFIX))
         except ClipError as error:
             problems.append(str(error))
             continue
-        found.append(CaptionedClip(path, caption, image))
+        found.append(CaptionedClip(path, caption, image, seed))
     return found, problems
 
 
@@ -181,6 +187,19 @@ def _beside(path: Path, problems: list[str]) -> str:
     except (OSError, UnicodeDecodeError) as error:
         problems.append(f"{path.stem}.txt: cannot be read as UTF-8 text ({error})")
         return ""
+
+
+def _seed(path: Path) -> int | None:
+    """The number in a file; None where there is no such file. Raises ClipError for anything else."""
+    try:
+        seed = int(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise ClipError(f"{path.name}: does not hold the seed of a request, a whole number") from error
+    if not 0 <= seed <= _MOST_SEED:
+        raise ClipError(f"{path.name}: {seed} is not the seed of a request, 0 to 2^63 - 1")
+    return seed
 
 
 def _metadata(path: Path, problems: list[str]) -> dict[str, str]:

@@ -12,9 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cinecat.engines import stages
+from cinecat.engines.messages import VAE_TEMPORAL_STRIDE
 from cinecat.engines.model import WanEncoders
 from cinecat.engines.training.styles.clips import CaptionedClip, ClipShape, first_frame, read_clip
-from cinecat.engines.training.vae import encode, to_video
+from cinecat.engines.training.vae import to_video
+from cinecat.engines.vae import Stream, encoder_layers
 from cinecat.plugins.fingerprint import fingerprint as content_of
 
 
@@ -27,12 +29,14 @@ class EncodedClip:
         condition: the 20 condition channels [20, T, H, W], float32.
         text: states of the caption's own tokens [n, text_dim], in the text encoder's dtype.
         image: CLIP states [patches + 1, image_dim].
+        seed: of the noise that the model made the clip from; None for one that comes from elsewhere.
     """
 
     clean: Tensor
     condition: Tensor
     text: Tensor
     image: Tensor
+    seed: int | None = None
 
     @property
     def context(self) -> Tensor:
@@ -81,7 +85,7 @@ def encode_clips(
             staging = path.with_suffix(".tmp")
             save_file(_encoded(model, clip, caption, shape), staging)
             staging.replace(path)
-        encoded.append(EncodedClip(**load_file(path)))
+        encoded.append(EncodedClip(**load_file(path), seed=clip.seed))
         moved(done)
     return encoded
 
@@ -94,9 +98,17 @@ def _encoded(model: WanEncoders, clip: CaptionedClip, caption: str, shape: ClipS
     text = stages.encode_text(model, caption)[0]
     used = int(text.abs().sum(dim=1).nonzero().max()) + 1
     tensors = {
-        "clean": ((encode(model.vae, video) - mean) * inverse_std)[0].float(),
+        "clean": ((_modes(model, video[0].transpose(0, 1)) - mean) * inverse_std)[0].float(),
         "condition": stages.encode_condition(model.vae, start, shape.frames)[0],
         "text": text[:used],
         "image": stages.encode_image(model, start)[0],
     }
     return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _modes(model: WanEncoders, frames: Tensor) -> Tensor:
+    """The VAE's latent modes [1, 16, T, H / 8, W / 8] of frames [4k + 1, 3, H, W], not normalised."""
+    stream = Stream(encoder_layers(model.vae))
+    chunks = (frames[:1], *torch.split(frames[1:], VAE_TEMPORAL_STRIDE))
+    moments = torch.cat([stream(chunk) for chunk in chunks if len(chunk)])
+    return moments.transpose(0, 1)[None].chunk(2, dim=1)[0]

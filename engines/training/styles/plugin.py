@@ -8,7 +8,7 @@ import platform
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -60,6 +60,9 @@ class TrainingRecord:
         seconds: of encoding and training.
         memory: its estimate, in one line.
         lpips_weights: the file and its checksum; empty where the validation loss was the criterion.
+        start: the LoRA that was trained further, and its checksum; empty for a new one.
+        scale: what strength 1 is of the LoRA as it was trained.
+        own: how many of the clips are the model's own, and met the noise that they were made from.
     """
 
     model: str
@@ -75,6 +78,9 @@ class TrainingRecord:
     seconds: float
     memory: str
     lpips_weights: str = ""
+    start: str = ""
+    scale: float = 1.0
+    own: int = 0
 
 
 def style_manifest(checkpoint: Checkpoint, name: str, texts: Mapping[str, str]) -> StyleManifest:
@@ -133,7 +139,8 @@ def write_plugin(
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         weights = staging / manifest.weights
-        save_lora(weights, style.factors, record.recipe.lora_config(layers))
+        worn = replace(record.recipe, alpha=record.recipe.alpha * record.scale)
+        save_lora(weights, style.factors, worn.lora_config(layers))
         notes = [] if render is None else _add_preview(staging / PREVIEW_NAME, render, weights, record.shape.fps)
         shutil.copy(curve, staging / CURVE_NAME)
         picture = (staging / CURVE_NAME).with_suffix(".png")
@@ -193,7 +200,8 @@ def encode_preview(frames: NDArray[np.uint8], fps: float, limit: int = MAX_PREVI
 
 def training_card(manifest: StyleManifest, style: TrainedStyle, record: TrainingRecord) -> str:
     """README.md of a style: what it was trained on, how, and what came of it."""
-    settings = {**asdict(record.recipe), **asdict(record.shape), "lpips_weights": record.lpips_weights}
+    own = {"lpips_weights": record.lpips_weights, "start": record.start, "scale": record.scale}
+    settings = {**asdict(record.recipe), **asdict(record.shape), **own}
     libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "peft", "accelerate"))
     change = (style.loss / style.first_loss - 1) * 100
     lines = [
@@ -229,6 +237,7 @@ def training_card(manifest: StyleManifest, style: TrainedStyle, record: Training
         f"Trained on {len(record.used)}: {', '.join(record.used)}.",
         "",
         f"Held out {len(record.held_out)}: {', '.join(record.held_out)}.",
+        *(["", f"The model's own, with the noise that made them: {record.own}."] if record.own else []),
         *(["", "Left out:", "", *(f"- {sentence}" for sentence in record.left_out)] if record.left_out else []),
     ]
     return "\n".join([*lines, ""])

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from peft import LoraConfig
+
+from cinecat.engines.errors import SettingError
+from cinecat.plugins.adapter_file import LoraShape
 
 _CROSS = ("attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0", "attn2.add_k_proj", "attn2.add_v_proj")
 _SELF = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0")
@@ -51,5 +55,18 @@ class StyleRecipe:
 
     def lora_config(self, layers: int) -> LoraConfig:
         """peft's configuration, with the targets of `layers` blocks named one by one."""
-        modules = [f"blocks.{layer}.{target}" for layer in range(layers) for target in TARGETS[self.targets]]
-        return LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=modules)
+        return LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=self._modules(layers))
+
+    def check_start(self, shapes: Mapping[str, LoraShape], layers: int) -> None:
+        """Raises SettingError for a LoRA that this recipe cannot train further: of other layers, or another rank."""
+        if shapes.keys() != set(self._modules(layers)):
+            raise SettingError(
+                f"start: it changes {len(shapes)} layers, which are not the {len(self._modules(layers))} of "
+                f"targets {self.targets!r}; choose the targets that it was trained with"
+            )
+        ranks = sorted({shape.rank for shape in shapes.values()})
+        if ranks != [self.rank]:
+            raise SettingError(f"start: its rank is {', '.join(map(str, ranks))}, and rank is {self.rank}")
+
+    def _modules(self, layers: int) -> list[str]:
+        return [f"blocks.{layer}.{target}" for layer in range(layers) for target in TARGETS[self.targets]]

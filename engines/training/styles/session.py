@@ -18,7 +18,7 @@ from cinecat.engines.checkpoint import Checkpoint, find_checkpoint, read_json
 from cinecat.engines.core import EngineCore
 from cinecat.engines.errors import SettingError
 from cinecat.engines.memory import available_bytes
-from cinecat.engines.messages import VAE_TEMPORAL_STRIDE, CoreConfig, StyleUse
+from cinecat.engines.messages import CoreConfig, StyleUse
 from cinecat.engines.model import (
     WanEncoders,
     find_device,
@@ -37,23 +37,11 @@ from cinecat.engines.training.styles.held_out_lpips import LEAST_SIDE, HeldOutLp
 from cinecat.engines.training.styles.memory import TrainingMemory, check_memory, estimate_memory
 from cinecat.engines.training.styles.plugin import TrainingRecord, style_manifest, write_plugin
 from cinecat.engines.training.styles.recipe import TARGETS, StyleRecipe
+from cinecat.engines.training.styles.sizes import check_shape, defaults
 from cinecat.engines.training.styles.trainer import TrainedStyle, train_style
 from cinecat.plugins.fingerprint import fingerprint
+from cinecat.plugins.lora import inspect_lora, load_lora
 from cinecat.plugins.manifest import PROMPT, StyleManifest
-
-TINY_FAMILY = "wan2.1-i2v-tiny"
-
-
-@dataclass(frozen=True)
-class _Defaults:
-    """What a family of models is trained with where nothing else is asked for."""
-
-    shape: ClipShape
-    learning_rate: float
-
-
-_TINY = _Defaults(ClipShape(128, 128, 17, 8.0), learning_rate=2e-3)
-_LARGE = _Defaults(ClipShape(832, 480, 81, 16.0), learning_rate=1e-4)
 
 _LEAST_CLIPS = 2
 _PREVIEW_STEPS = 20
@@ -79,6 +67,8 @@ class StyleTraining:
         preview: whether the engine renders one.
         lpips_weights: a file, as `load_lpips` reads it; LPIPS is then the criterion of the training.
         save_seconds: between checkpoints.
+        start: file of a LoRA that is trained further; None begins a new one.
+        scale: what strength 1 of the written style is of the LoRA as it was trained.
     """
 
     clips: Path
@@ -98,6 +88,8 @@ class StyleTraining:
     preview: bool = True
     lpips_weights: Path | None = None
     save_seconds: float = 60.0
+    start: Path | None = None
+    scale: float = 1.0
 
 
 def run_training(asked: StyleTraining, say: Callable[[str], None]) -> Path:
@@ -114,16 +106,17 @@ def run_training(asked: StyleTraining, say: Callable[[str], None]) -> Path:
     started = time.monotonic()
     _check_choices(asked)
     checkpoint = find_checkpoint(asked.model)
-    rate = _defaults(checkpoint).learning_rate if asked.learning_rate is None else asked.learning_rate
+    rate = defaults(checkpoint).learning_rate if asked.learning_rate is None else asked.learning_rate
     asked = replace(asked, recipe=replace(asked.recipe, learning_rate=rate))
     state = PartialState(cpu=find_device(asked.device).type == "cpu", timeout=_PATIENCE)
     say = say if state.is_main_process else _unheard
     ready = _prepare(asked, checkpoint, state, say)
     style, journal = _train(asked, ready, state, say)
     if style.best_step == 0:
+        before = "of the style that it began with" if asked.start else "without the style"
         raise SettingError(
-            f"learning_rate: {asked.recipe.learning_rate:g} never came below the {style.criterion} without the "
-            f"style ({style.first_loss:.4f}) in {style.steps} steps; lower it, or give more clips"
+            f"learning_rate: {asked.recipe.learning_rate:g} never came below the {style.criterion} {before} "
+            f"({style.first_loss:.4f}) in {style.steps} steps; lower it, or give more clips"
         )
     if state.is_main_process:
         _write(asked, ready, style, journal, state, time.monotonic() - started, say)
@@ -137,6 +130,7 @@ class _Ready:
     Attributes:
         folder: that the style is written to.
         prompts: of the clips, captions as the recipe's template makes them.
+        layers: blocks of the transformer.
         held_out: indices of the clips that are only measured on.
         left_out: what was wrong with clips that are not used.
     """
@@ -149,6 +143,8 @@ class _Ready:
     sharded: bool
     lpips: Lpips | None
     lpips_sum: str
+    start_sum: str
+    layers: int
     clips: list[CaptionedClip]
     prompts: list[str]
     held_out: list[int]
@@ -162,6 +158,9 @@ class _Ready:
 
 def _prepare(asked: StyleTraining, checkpoint: Checkpoint, state: PartialState, say: Callable[[str], None]) -> _Ready:
     manifest = style_manifest(checkpoint, asked.name, asked.texts)
+    layers = int(read_json(checkpoint.folder / "transformer" / "config.json")["num_layers"])
+    if asked.start is not None:
+        asked.recipe.check_start(inspect_lora(asked.start).targets, layers)
     shape = clip_shape(asked, checkpoint)
     lpips = _load_lpips(asked.lpips_weights, shape)
     folder = asked.out / asked.name
@@ -191,6 +190,8 @@ def _prepare(asked: StyleTraining, checkpoint: Checkpoint, state: PartialState, 
         sharded=sharded,
         lpips=lpips,
         lpips_sum=fingerprint(asked.lpips_weights) if asked.lpips_weights else "",
+        start_sum=fingerprint(asked.start) if asked.start else "",
+        layers=layers,
         clips=clips,
         prompts=[_as_prompt(asked.recipe, clip.caption) for clip in clips],
         held_out=held_out(len(clips), asked.recipe),
@@ -214,7 +215,11 @@ def _train(
         cached_path(clip, prompt, shape, identity, kept).name
         for clip, prompt in zip(ready.clips, ready.prompts, strict=True)
     ]
-    key = repr((asked.recipe, places, state.num_processes, *([ready.lpips_sum] if ready.lpips_sum else [])))
+    extras = [checksum for checksum in (ready.lpips_sum, ready.start_sum) if checksum]
+    seeds = [clip.seed for clip in ready.clips]
+    if any(seed is not None for seed in seeds):
+        extras.append(repr(seeds))
+    key = repr((asked.recipe, places, state.num_processes, *extras))
     journal = Journal(asked.work, f"{asked.name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}")
     if journal.checkpoint.exists():
         say(f"going on from {journal.checkpoint}")
@@ -234,6 +239,7 @@ def _train(
         asked.save_seconds,
         cpu=state.device.type == "cpu",
         lpips=judge,
+        start=load_lora(asked.start, ready.start_sum) if asked.start else None,
     )
     return style, journal
 
@@ -262,6 +268,9 @@ def _write(
         seconds=seconds,
         memory=str(ready.memory),
         lpips_weights=f"{asked.lpips_weights.name} (SHA-256 {ready.lpips_sum[:12]})" if asked.lpips_weights else "",
+        start=f"{asked.start.name} (SHA-256 {ready.start_sum[:12]})" if asked.start else "",
+        scale=asked.scale,
+        own=sum(clip.seed is not None for clip in ready.clips),
     )
     shown = ready.held_out[0]
 
@@ -269,18 +278,13 @@ def _write(
         clip, prompt = ready.clips[shown], ready.prompts[shown]
         return _preview(ready.checkpoint, asked, ready.shape, clip, prompt, weights, str(state.device))
 
-    layers = read_json(ready.checkpoint.folder / "transformer" / "config.json")["num_layers"]
     preview = render if asked.preview else None
-    for note in write_plugin(ready.folder, ready.manifest, style, record, int(layers), journal.curve, preview):
+    for note in write_plugin(ready.folder, ready.manifest, style, record, ready.layers, journal.curve, preview):
         say(note)
     say(
         f"{style.criterion} {style.first_loss:.4f} -> {style.loss:.4f} at step {style.best_step} of {style.steps}, "
         f"{style.seconds:.0f} s"
     )
-
-
-def _defaults(checkpoint: Checkpoint) -> _Defaults:
-    return _TINY if checkpoint.family == TINY_FAMILY else _LARGE
 
 
 def clip_shape(asked: StyleTraining, checkpoint: Checkpoint) -> ClipShape:
@@ -289,27 +293,14 @@ def clip_shape(asked: StyleTraining, checkpoint: Checkpoint) -> ClipShape:
     Raises:
         SettingError: the model cannot take it.
     """
-    own = _defaults(checkpoint).shape
+    own = defaults(checkpoint).shape
     shape = ClipShape(
         own.width if asked.width is None else asked.width,
         own.height if asked.height is None else asked.height,
         own.frames if asked.frames is None else asked.frames,
         own.fps if asked.fps is None else asked.fps,
     )
-    transformer = read_json(checkpoint.folder / "transformer" / "config.json")
-    vae = read_json(checkpoint.folder / "vae" / "config.json")
-    multiple = int(vae.get("scale_factor_spatial") or 8) * int(transformer["patch_size"][1])
-    positions = int(transformer.get("rope_max_seq_len") or 1024)
-    for name, pixels in (("width", shape.width), ("height", shape.height)):
-        if pixels < multiple or pixels % multiple or pixels > multiple * positions:
-            raise SettingError(
-                f"{name}: {pixels} is not a multiple of {multiple} from {multiple} to {multiple * positions}"
-            )
-    most = (positions - 1) * VAE_TEMPORAL_STRIDE + 1
-    if shape.frames < 1 or (shape.frames - 1) % VAE_TEMPORAL_STRIDE or shape.frames > most:
-        raise SettingError(f"frames: {shape.frames} is not 4k + 1, such as 17 or 81, up to {most}")
-    if not 0 < shape.fps <= 240:
-        raise SettingError(f"fps: {shape.fps:g} is not above 0 and at most 240")
+    check_shape(shape, checkpoint)
     return shape
 
 
@@ -382,8 +373,7 @@ def _preview(
     )
     style = StyleUse(str(weights), fingerprint(weights), 1.0)
     core = EngineCore(checkpoint, config)
-    guidance = 1.0 if checkpoint.family == TINY_FAMILY else 5.0
-    sampling = Sampling(_PREVIEW_STEPS, guidance, asked.recipe.seed)
+    sampling = Sampling(_PREVIEW_STEPS, defaults(checkpoint).guidance_scale, asked.recipe.seed)
     return generate(core, first_frame(clip, shape), prompt, shape.frames, sampling, (style,))
 
 

@@ -17,11 +17,15 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.nn import functional
 
+from cinecat.engines.stages import starting_noise
 from cinecat.engines.training.dit import shifted
 from cinecat.engines.training.loop import schedule
 from cinecat.engines.training.progress import Journal, Pulse, training_bar
 from cinecat.engines.training.styles.encoded import EncodedClip
 from cinecat.engines.training.styles.recipe import StyleRecipe
+
+Factors = Mapping[str, tuple[Tensor, Tensor]]
+"""A [rank, in] and B [out, rank] of a LoRA by module path, its scaling in B."""
 
 VALIDATION_LOSS, LPIPS = "validation loss", "LPIPS"
 """What may decide which weights are kept."""
@@ -88,6 +92,7 @@ def train_style(
     save_seconds: float = 60.0,
     cpu: bool = False,
     lpips: Callable[[Sequence[Tensor]], float] | None = None,
+    start: Factors | None = None,
 ) -> TrainedStyle:
     """Trains a LoRA on the transformer, which gets peft's layers; a run that was stopped goes on from its journal.
 
@@ -101,12 +106,13 @@ def train_style(
         cpu: leaves a GPU alone.
         lpips: of clean latents [16, T, H, W] that the model predicts of the held-out clips, in their order; None leaves
             the decision to the validation loss.
+        start: of a style that is trained further, as `check_start` takes it; None begins without effect.
     """
     dtype = transformer.patch_embedding.weight.dtype
     accelerator = Accelerator(
         gradient_accumulation_steps=recipe.accumulation, mixed_precision=mixed_precision(dtype, cpu), cpu=cpu
     )
-    parameters = add_lora(transformer, recipe)
+    parameters = add_lora(transformer, recipe, start)
     if recipe.checkpoint_activations:
         transformer.enable_gradient_checkpointing()
     optimiser: Any = torch.optim.AdamW(
@@ -195,8 +201,10 @@ def train_style(
     )
 
 
-def add_lora(transformer: WanTransformer3DModel, recipe: StyleRecipe) -> list[torch.nn.Parameter]:
-    """Gives a transformer the recipe's LoRA, which begins without effect, and freezes all else.
+def add_lora(
+    transformer: WanTransformer3DModel, recipe: StyleRecipe, start: Factors | None = None
+) -> list[torch.nn.Parameter]:
+    """Gives a transformer the recipe's LoRA, which begins as `start` or without effect, and freezes all else.
 
     Returns:
         Its parameters, float32 whatever the transformer has: small updates would be lost in bfloat16.
@@ -207,6 +215,10 @@ def add_lora(transformer: WanTransformer3DModel, recipe: StyleRecipe) -> list[to
     parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     for parameter in parameters:
         parameter.data = parameter.data.float()
+    for module, (a, b) in (start or {}).items():
+        layer: Any = transformer.get_submodule(module)
+        layer.lora_A["default"].weight.data.copy_(a)
+        layer.lora_B["default"].weight.data.copy_(b * (recipe.rank / recipe.alpha))
     return parameters
 
 
@@ -258,14 +270,20 @@ class _Sampler:
         level = float(shifted(torch.tensor(0.5), self._shift))
         predicted = []
         for index, clip in enumerate(self._clips):
-            noise = torch.randn(clip.clean.shape, generator=torch.Generator().manual_seed(1000 * index + _LEVELS))
+            draw = torch.Generator().manual_seed(1000 * index + _LEVELS)
+            noise = _noise(clip, draw)
             noisy = (1 - level) * clip.clean + level * noise
             predicted.append(noisy - level * self._velocity(model, clip, noisy, level).cpu())
         return predicted
 
     def _at(self, model: Any, clip: EncodedClip, level: float, draw: torch.Generator) -> Tensor:
-        """Mean squared error of the velocity noise - clean at a noise level."""
-        noise = torch.randn(clip.clean.shape, generator=draw)
+        """Mean squared error of the velocity noise - clean at a noise level.
+
+        The model's own clips meet the noise that they were made from: the style then learns to lead from each noise
+        where the model leads, in its look, rather than to the mean of all that could be (rectified flow, arXiv
+        2209.03003, with the plain model's coupling).
+        """
+        noise = _noise(clip, draw)
         noisy = (1 - level) * clip.clean + level * noise
         target = (noise - clip.clean).to(self._device)
         return functional.mse_loss(self._velocity(model, clip, noisy, level), target)
@@ -280,6 +298,13 @@ class _Sampler:
             return_dict=False,
         )[0][0]
         return velocity.float()
+
+
+def _noise(clip: EncodedClip, draw: torch.Generator) -> Tensor:
+    """What a clip is mixed with: the noise that a request of its seed begins with, or else any."""
+    if clip.seed is None:
+        return torch.randn(clip.clean.shape, generator=draw)
+    return starting_noise(clip.seed, (1, *clip.clean.shape), torch.device("cpu"))[0]
 
 
 def _restored(model: Any, optimiser: Any, journal: Journal) -> _Progress:

@@ -11,6 +11,10 @@ from numpy.typing import NDArray
 from typer.testing import CliRunner, Result
 
 from cinecat.engines import commands
+from cinecat.engines.checkpoint import find_checkpoint
+from cinecat.engines.core import EngineCore
+from cinecat.engines.messages import CoreConfig
+from cinecat.engines.training.evaluation import Sampling, generate
 from cinecat.engines.training.film import make_clip
 from cinecat.engines.training.grades import GRADES
 from cinecat.engines.training.styles.clips import ClipShape, find_clips, first_frame, read_clip
@@ -85,6 +89,40 @@ def test_films_are_written_as_a_training_reads_them(tmp_path: Path) -> None:
     again = run(tmp_path / "set")
     assert again.exit_code == 2
     assert "holds films already" in again.stderr
+
+
+def test_a_models_own_clips_come_with_picture_and_seed(micro: Path, tmp_path: Path) -> None:
+    size = ["--width", 32, "--height", 32, "--frames", 5, "--first-seed", 7, "--clips", 2, "--grade", "noir"]
+    result = run(tmp_path / "set", *size, "--kinds", "slide", "--from-model", micro)
+    assert result.exit_code == 0, result.output
+    shape = ClipShape(32, 32, 5, 8.0)
+    clips, problems = find_clips(tmp_path / "set", shape)
+    assert problems == []
+    assert [clip.seed for clip in clips] == [7, 8]
+    core = EngineCore(find_checkpoint(str(micro)), CoreConfig(str(micro), "cpu", "float32", 0, 1, 1, 0))
+    for clip in clips:
+        film = make_clip(clip.seed or 0, 5, 32, 32, kind="slide")
+        assert clip.caption == film.caption
+        assert np.array_equal(first_frame(clip, shape), film.first_frame)
+        own = generate(core, film.first_frame, film.caption, 5, Sampling(12, 5.0, clip.seed or 0))
+        error = read_clip(clip.path, shape).astype(float) - GRADES["noir"](own)
+        assert np.sqrt((error**2).mean()) < 3.0
+
+
+@pytest.mark.parametrize(
+    ("option", "sentence"),
+    [
+        (["--from-model", "no such"], "film-set: model: 'no such' is neither"),
+        (["--from-model", "wan-tiny", "--frames", 6], "film-set: frames: 6 is not 4k + 1"),
+    ],
+)
+def test_a_model_that_cannot_make_the_clips_is_refused_before_anything_is_written(
+    option: list[object], sentence: str, tmp_path: Path
+) -> None:
+    result = run(tmp_path / "set", *option)
+    assert result.exit_code == 2
+    assert result.stderr.startswith(sentence)
+    assert not (tmp_path / "set").exists()
 
 
 @pytest.mark.parametrize(

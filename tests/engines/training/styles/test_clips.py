@@ -53,6 +53,20 @@ def test_what_cannot_be_trained_on_is_named_with_the_reason(tmp_path: Path) -> N
     ]
 
 
+def test_a_number_beside_a_clip_is_the_seed_of_its_noise(tmp_path: Path) -> None:
+    for name in ("a", "b", "c", "d"):
+        write_clip(tmp_path / f"{name}.mp4", name)
+    (tmp_path / "b.seed").write_text("17\n")
+    (tmp_path / "c.seed").write_text("seventeen")
+    (tmp_path / "d.seed").write_text("-1")
+    clips, problems = find_clips(tmp_path, SHAPE)
+    assert [(clip.caption, clip.seed) for clip in clips] == [("a", None), ("b", 17)]
+    assert problems == [
+        "c.seed: does not hold the seed of a request, a whole number",
+        "d.seed: -1 is not the seed of a request, 0 to 2^63 - 1",
+    ]
+
+
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ClipError, match="is not a folder"):
         find_clips(tmp_path / "none", SHAPE)

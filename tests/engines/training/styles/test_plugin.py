@@ -96,6 +96,17 @@ def test_the_file_changes_the_weights_as_peft_does(
         assert b @ a == pytest.approx(delta, abs=1e-6)
 
 
+def test_a_scaled_style_changes_the_weights_by_that_much(
+    checkpoint: Checkpoint, trained: tuple[WanTransformer3DModel, TrainedStyle, Journal], tmp_path: Path
+) -> None:
+    manifest = style_manifest(checkpoint, "dusk", {"version": "1.0.0"})
+    write_plugin(tmp_path / "dusk", manifest, trained[1], replace(RECORD, scale=0.25), 2, trained[2].curve)
+    for path, (a, b) in load_lora(tmp_path / "dusk" / "dusk.safetensors").items():
+        delta = trained[0].get_submodule(path).get_delta_weight("default").detach()
+        assert b @ a == pytest.approx(0.25 * delta, abs=1e-6)
+    assert "| scale | 0.25 |" in (tmp_path / "dusk" / "README.md").read_text()
+
+
 def test_a_slot_that_wears_it_predicts_what_peft_does(
     folder: Path, trained: tuple[WanTransformer3DModel, TrainedStyle, Journal]
 ) -> None:

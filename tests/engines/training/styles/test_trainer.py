@@ -5,12 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from cinecat.engines.errors import SettingError
+from cinecat.engines.stages import starting_noise
 from cinecat.engines.training.progress import Journal
+from cinecat.engines.training.styles.plugin import save_lora
+from cinecat.engines.training.styles.recipe import TARGETS
 from cinecat.engines.training.styles.trainer import TrainedStyle, _Sampler, add_lora, train_style
+from cinecat.plugins.adapter_file import LoraShape
+from cinecat.plugins.lora import load_lora
 from tests.engines.samples import small_transformer
 from tests.engines.training.styles.samples import RECIPE, encoded_clips, killed_at
 
@@ -137,3 +144,51 @@ def test_nothing_but_the_lora_is_trained() -> None:
 def without_seconds(curve: Path) -> list[list[str]]:
     rows = [line.split(",") for line in curve.read_text().splitlines()]
     return [row[:1] + row[2:] for row in rows]
+
+
+def test_a_clip_of_the_models_own_meets_the_noise_that_it_was_made_from() -> None:
+    seen = []
+
+    def model(inputs: torch.Tensor, *rest: object, **options: object) -> tuple[torch.Tensor]:
+        seen.append(inputs[0, :16])
+        return (torch.zeros_like(inputs[:, :16]),)
+
+    for clip in (CLIPS[0], replace(CLIPS[0], seed=7)):
+        sampler = _Sampler([clip], RECIPE, 3.0, torch.device("cpu"), torch.float32)
+        for number in (0, 1):
+            sampler.loss(model, number)
+    clean, own = CLIPS[0].clean, starting_noise(7, (1, *CLIPS[0].clean.shape), torch.device("cpu"))[0]
+
+    def on_the_way_to_its_own(noisy: torch.Tensor) -> bool:
+        """Whether it lies on the line between the clip and that noise."""
+        level = ((noisy - clean) * (own - clean)).sum() / (own - clean).square().sum()
+        return torch.allclose(noisy, torch.lerp(clean, own, level), atol=1e-5)
+
+    assert [on_the_way_to_its_own(noisy) for noisy in seen] == [False, False, True, True]
+    assert not torch.allclose(seen[2], seen[3])
+
+
+def test_a_training_that_starts_from_a_lora_begins_where_that_one_ended(tmp_path: Path) -> None:
+    first = train(Journal(tmp_path, "first"), targets="all")
+    file = tmp_path / "first.safetensors"
+    recipe = replace(RECIPE, targets="all")
+    save_lora(file, first.factors, recipe.lora_config(2))
+    further = train_style(
+        small_transformer(), CLIPS[:3], CLIPS[3:], recipe, 3.0, Journal(tmp_path, "further"), cpu=True,
+        start=load_lora(file),
+    )  # fmt: skip
+    assert further.first_loss == pytest.approx(first.loss, rel=1e-6)
+    assert further.first_loss != pytest.approx(first.first_loss, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"targets": "attention"}, "start: it changes 12 layers, which are not the 20 of targets 'attention'"),
+        ({"rank": 3}, "start: its rank is 2, and rank is 3"),
+    ],
+)
+def test_a_lora_of_other_layers_or_rank_cannot_be_trained_further(changes: dict[str, Any], sentence: str) -> None:
+    modules = [f"blocks.{layer}.{target}" for layer in range(2) for target in TARGETS["cross-attention"]]
+    with pytest.raises(SettingError, match=sentence):
+        replace(RECIPE, **changes).check_start(dict.fromkeys(modules, LoraShape(2, 8, 8)), 2)
