@@ -67,7 +67,7 @@ class _Sizes:
     small_pairs: int
 
 
-_FULL = _Sizes(rounds=6, jobs=50, burst_rounds=5, burst=10, small_pairs=15)
+_FULL = _Sizes(rounds=3, jobs=40, burst_rounds=5, burst=10, small_pairs=15)
 _QUICK = _Sizes(rounds=1, jobs=10, burst_rounds=1, burst=5, small_pairs=2)
 
 
