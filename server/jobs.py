@@ -87,6 +87,10 @@ class LiveJob:
     grace: asyncio.TimerHandle | None = None
     stop_requested: bool = False
 
+    def excuse(self) -> None:
+        """Takes back the last attempt, which ended for no fault of the job."""
+        self.attempts = max(0, self.attempts - 1)
+
     @property
     def job_id(self) -> str:
         return self.job.job_id

@@ -37,6 +37,13 @@ class LocalServer:
     process: subprocess.Popen[bytes]
     log: Path
 
+    @property
+    def core_pid(self) -> int:
+        """Of the engine core: the front's child that loaded the model, the one with by far the most memory."""
+        tasks = Path(f"/proc/{self.process.pid}/task").glob("*/children")
+        children = [int(pid) for task in tasks for pid in task.read_text().split()]
+        return max(children, key=lambda pid: int(Path(f"/proc/{pid}/statm").read_text().split()[1]))
+
 
 @contextmanager
 def running_server(folder: Path, *options: str) -> Iterator[LocalServer]:

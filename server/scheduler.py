@@ -197,7 +197,7 @@ class Scheduler:
             return
         self._metrics.preemptions.inc()
         live = rendering.live
-        live.attempts = max(0, live.attempts - 1)  # it went out as it came in
+        live.excuse()
         log.info("job sent out", job_id=live.job_id, step=live.job.progress.step)
         self._backlog.slots_full = False
         reason = f"a more urgent clip needs the room; goes on from step {live.job.progress.step}"
@@ -242,7 +242,7 @@ class Scheduler:
         """Puts a job back. Later jobs that wear a style do not overtake it, others do."""
         live = rendering.live
         log.info("job waits for a style slot", job_id=live.job_id, reason=f"{error}")
-        live.attempts = max(0, live.attempts - 1)  # it never began
+        live.excuse()
         self._backlog.found_no_slot(rendering)
         await self._store(rendering, lambda: self._jobs.requeue(live, f"{error}"))
         self._backlog.tell_positions()
@@ -275,7 +275,7 @@ class Scheduler:
             await self._store(rendering, lambda: self._jobs.fail(live, code, message))
         elif live.job.state != pb.JOB_STATE_QUEUED:
             if not blamed or self._drain.is_set():
-                live.attempts = max(0, live.attempts - 1)  # it was not its fault
+                live.excuse()
             await self._store(rendering, lambda: self._jobs.requeue(live))
 
     async def _store(self, rendering: Rendering, transition: Callable[[], Awaitable[None]]) -> None:

@@ -282,12 +282,8 @@ class _Server:
         await self.start()
 
     def kill_core(self) -> None:
-        """Kills the child that loaded the model: the one with by far the most memory."""
         assert self._running is not None
-        tasks = Path(f"/proc/{self._running.process.pid}/task").glob("*/children")
-        children = [int(pid) for task in tasks for pid in task.read_text().split()]
-        core = max(children, key=lambda pid: int(Path(f"/proc/{pid}/statm").read_text().split()[1]))
-        os.kill(core, signal.SIGKILL)
+        os.kill(self._running.core_pid, signal.SIGKILL)
 
     async def some_checkpoint(self) -> None:
         """Waits until some job has one that was written since the call."""

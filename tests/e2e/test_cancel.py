@@ -169,7 +169,7 @@ def test_no_step_is_done_once_cancel_has_answered_cancelled(
 def test_a_hundred_cancelled_jobs_give_their_memory_back(
     quiet_server: LocalServer, cancel_clip: clip_pb2.ClipSpec
 ) -> None:
-    core, resident = core_pid(quiet_server), []
+    core, resident = quiet_server.core_pid, []
     with shared_memory_of(quiet_server.process.pid) as buffers:
         for first in range(0, 5 * AT_ONCE, AT_ONCE):
             jobs = cancel_many(quiet_server, cancel_clip, range(first, first + AT_ONCE))
@@ -177,16 +177,10 @@ def test_a_hundred_cancelled_jobs_give_their_memory_back(
             assert leftovers(quiet_server) == []
             resident.append(resident_mib(core))
     print("core's memory after every 20, MiB:", *map(round, resident))
-    assert core_pid(quiet_server) == core
+    assert quiet_server.core_pid == core
     assert resident[-1] - resident[0] < CORE_GROWTH_MIB, resident
     assert buffers
     assert not [name for name in buffers if Path(name).exists()]
-
-
-def core_pid(server: LocalServer) -> int:
-    """The child that loaded the model: the one with by far the most memory."""
-    tasks = Path(f"/proc/{server.process.pid}/task").glob("*/children")
-    return max((int(pid) for task in tasks for pid in task.read_text().split()), key=resident_mib)
 
 
 def resident_mib(pid: int) -> float:

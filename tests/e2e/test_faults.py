@@ -20,13 +20,6 @@ from cinecat.v1 import job_pb2 as pb
 Stub = generation_pb2_grpc.GenerationStub
 
 
-def core_pid(server: LocalServer) -> int:
-    """The child that loaded the model: the one with by far the most memory."""
-    tasks = Path(f"/proc/{server.process.pid}/task").glob("*/children")
-    children = [int(pid) for task in tasks for pid in task.read_text().split()]
-    return max(children, key=lambda pid: int(Path(f"/proc/{pid}/statm").read_text().split()[1]))
-
-
 def is_alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
@@ -64,7 +57,7 @@ def test_a_job_goes_on_from_its_checkpoint_however_often_its_core_dies(
     with start_server(tmp_path, *options) as server, grpc.insecure_channel(server.address) as channel:  # type: ignore[operator]
         generation = Stub(channel)
         # A core that dies with nothing to do is replaced without a request to find out.
-        os.kill(core_pid(server), signal.SIGKILL)
+        os.kill(server.core_pid, signal.SIGKILL)
         eventually(lambda: metric(server, "cinecat_core_restarts_total") == 1)
         eventually(lambda: metric(server, "cinecat_ready") == 1)
 
@@ -72,7 +65,7 @@ def test_a_job_goes_on_from_its_checkpoint_however_often_its_core_dies(
         waiting = generation.Submit(generation_pb2.SubmitRequest(clip=long_clip))
         for at_least in (10, 40, 70):
             seen = next(event for event in stream if event.job.progress.step >= at_least).job.progress.step
-            os.kill(core_pid(server), signal.SIGKILL)
+            os.kill(server.core_pid, signal.SIGKILL)
             until(stream, pb.JOB_STATE_QUEUED)
             again = until(stream, pb.JOB_STATE_DENOISING).job.progress.step
             assert again >= seen - 5
@@ -97,7 +90,7 @@ def test_sigterm_keeps_what_it_cannot_finish_for_the_next_start_and_lets_a_short
         stream = generation.Generate(generation_pb2.GenerateRequest(clip=long_clip))
         running = until(stream, pb.JOB_STATE_DENOISING)
         waiting = generation.Submit(generation_pb2.SubmitRequest(clip=long_clip))
-        core = core_pid(server)
+        core = server.core_pid
         server.process.send_signal(signal.SIGTERM)
         with pytest.raises(grpc.RpcError) as dropped:
             list(stream)
@@ -128,7 +121,7 @@ def test_a_killed_server_takes_its_core_along_and_loses_no_job(
         generation = Stub(grpc.insecure_channel(server.address))
         job = generation.Submit(generation_pb2.SubmitRequest(clip=long_clip, request_id="once"))
         until(generation.Watch(generation_pb2.WatchRequest(job_id=job.job_id)), pb.JOB_STATE_DENOISING)
-        core = core_pid(server)
+        core = server.core_pid
         server.process.kill()
         eventually(lambda: not is_alive(core))
     with start_server(tmp_path) as server, grpc.insecure_channel(server.address) as channel:  # type: ignore[operator]
