@@ -22,7 +22,7 @@ from cinecat.engines.cache import ContentCache
 from cinecat.engines.checkpoint import Checkpoint
 from cinecat.engines.denoise import Denoiser, EngineBlocks, forward_rows, guided
 from cinecat.engines.errors import EngineError
-from cinecat.engines.memory import available_bytes, check_slots_fit, slot_memory
+from cinecat.engines.memory import available_bytes, check_slots_fit, core_memory, slot_memory
 from cinecat.engines.messages import (
     VAE_TEMPORAL_STRIDE,
     Conditioned,
@@ -39,6 +39,7 @@ from cinecat.engines.messages import (
     Stepped,
     StepShape,
     StyleUse,
+    Warmed,
 )
 from cinecat.engines.model import WanModel, load_model, synchronize
 from cinecat.engines.placement import checked, on_device, place, storage_note
@@ -232,6 +233,7 @@ class EngineCore:
             notes,
             self.residency(),
             engine.name,
+            self._wardrobe.take_use(),
             self._engines.news(),
             rows=len(request.branches),
             state_bytes=request.state_bytes,
@@ -239,6 +241,7 @@ class EngineCore:
             next=self._next(request),
             step_tokens=request.spent,
             keep_ratio=request.keep_ratio,
+            memory=core_memory(self._model.device),
         )
 
     def _encode_text(self, prompt: str) -> Tensor:
@@ -380,7 +383,8 @@ class EngineCore:
         first = decoder.frame
         frames = decoder.next_frames()
         write(frames)
-        return Decoded(first, decoder.frame - first, decoder.total_frames, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        return Decoded(first, decoder.frame - first, decoder.total_frames, seconds, core_memory(self._model.device))
 
     def release(self, job_id: str) -> None:
         """Frees a request, if it is known."""
@@ -389,7 +393,7 @@ class EngineCore:
             self._wardrobe.undress(request.outfit)
 
     @torch.inference_mode()
-    def warm(self, style: StyleUse) -> None:
+    def warm(self, style: StyleUse) -> Warmed:
         """Makes a style resident, so that the next request that wears it reads no file.
 
         Raises:
@@ -397,6 +401,7 @@ class EngineCore:
             EngineError: it cannot be worn.
         """
         self._wardrobe.warm(style)
+        return Warmed(self.residency(), self._wardrobe.take_use())
 
     def residency(self) -> tuple[ResidentStyle, ...]:
         """What is in the slots, least recently used first."""

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 from pathlib import Path
 
 import torch
 
 from cinecat.engines.errors import ModelError
-from cinecat.engines.messages import CoreConfig, SlotMemory
+from cinecat.engines.messages import CoreConfig, CoreMemory, SlotMemory
 from cinecat.engines.model import WanModel
 from cinecat.engines.slots import bank_bytes
 
 _MEMINFO = Path("/proc/meminfo")
+_STATM = Path("/proc/self/statm")
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -26,6 +28,26 @@ def available_bytes(device: torch.device) -> int | None:
         return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     known = [size for size in (_host_bytes(), _container_bytes()) if size is not None]
     return min(known, default=None)
+
+
+def core_memory(device: torch.device) -> CoreMemory:
+    """What this process and its device hold now. It asks driver and kernel, so once a stage and not in every step."""
+    resident, peak = _process_bytes()
+    available = available_bytes(device) or 0
+    if device.type != "cuda":
+        return CoreMemory(resident, resident, peak, available)
+    allocated, most = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
+    return CoreMemory(resident, allocated, most, available)
+
+
+def _process_bytes() -> tuple[int, int]:
+    """Resident now, and at most so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    try:
+        resident = int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        resident = 0
+    return resident, max(peak, resident)
 
 
 def slot_memory(model: WanModel, config: CoreConfig) -> SlotMemory:

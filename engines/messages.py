@@ -282,6 +282,14 @@ class VariantFused:
 
 
 @dataclass(frozen=True)
+class EngineCacheEvent:
+    """Something happened in the cache of engines: one of `store_events.Outcome`; `seconds` is what a build took."""
+
+    outcome: str
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
 class EngineNews:
     """What became of the engine, in a sentence for the log, and whether one is being built.
 
@@ -292,7 +300,39 @@ class EngineNews:
     building: bool
 
 
-Notice: TypeAlias = SlotMemory | VariantFused | EngineNews
+Notice: TypeAlias = SlotMemory | VariantFused | EngineNews | EngineCacheEvent
+
+
+@dataclass(frozen=True)
+class CoreMemory:
+    """Bytes, of the core's process and its device; 0 where that cannot be told.
+
+    Attributes:
+        resident_bytes: of the process, on the host.
+        allocated_bytes: of the device, by torch; on a CPU that is `resident_bytes`.
+        peak_bytes: the most that was allocated.
+        available_bytes: of the device, that can still be taken.
+    """
+
+    resident_bytes: int = 0
+    allocated_bytes: int = 0
+    peak_bytes: int = 0
+    available_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class SlotUse:
+    """What one call did with the style slots.
+
+    Attributes:
+        hits: styles or stacks that were found resident.
+        evictions: that gave way.
+        swap_seconds: of each that was made resident.
+    """
+
+    hits: int = 0
+    evictions: int = 0
+    swap_seconds: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -319,6 +359,7 @@ class Conditioned:
         tokens_uniform: what the uniform path spends per forward and row.
         resident: what is in the slots now.
         engine: the backend that all steps of the request will run on.
+        slots: what was done with the style slots.
         news: what became of the engine since the last answer.
         rows: of the request in a forward.
         state_bytes: that the request holds on the device until Release, beside what a forward or a decode works with.
@@ -333,13 +374,15 @@ class Conditioned:
     notes: tuple[str, ...]
     resident: tuple[ResidentStyle, ...] = ()
     engine: str = "torch"
-    news: tuple[EngineNews, ...] = ()
+    slots: SlotUse = SlotUse()
+    news: tuple[EngineNews | EngineCacheEvent, ...] = ()
     rows: int = 1
     state_bytes: int = 0
     decode_bytes: int = 0
     next: StepShape | None = None
     step_tokens: tuple[int, ...] = ()
     keep_ratio: float = 1.0
+    memory: CoreMemory = CoreMemory()
 
 
 @dataclass(frozen=True)
@@ -396,6 +439,7 @@ class Decoded:
     count: int
     total: int
     seconds: float
+    memory: CoreMemory = CoreMemory()
 
 
 @dataclass(frozen=True)
@@ -405,9 +449,10 @@ class Released:
 
 @dataclass(frozen=True)
 class Warmed:
-    """Answer to Warm: what is in the slots now."""
+    """Answer to Warm: what is in the slots now, and what was done with them."""
 
     resident: tuple[ResidentStyle, ...]
+    slots: SlotUse = SlotUse()
 
 
 @dataclass(frozen=True)

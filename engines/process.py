@@ -32,7 +32,6 @@ from cinecat.engines.messages import (
     Save,
     Step,
     Warm,
-    Warmed,
 )
 from cinecat.engines.variants import find_variant
 
@@ -103,8 +102,7 @@ def _answer(core: EngineCore, call: Call) -> Answer:
             core.release(job_id)
             return Released()
         case Warm(style):
-            core.warm(style)
-            return Warmed(core.residency())
+            return core.warm(style)
 
 
 def _write_frames(frames: Tensor, buffer: str, dtype: str) -> None:

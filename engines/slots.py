@@ -8,6 +8,7 @@ A style is made resident by copying it into a slot; the weights W are never writ
 from __future__ import annotations
 
 import math
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from torch.nn import functional as F  # noqa: N812
 from cinecat.engines.backends.contract import STYLED_TARGETS, Banks, StyleRows
 from cinecat.engines.backends.stack import add_styles
 from cinecat.engines.errors import EngineError, NoFreeSlot
-from cinecat.engines.messages import ResidentStyle
+from cinecat.engines.messages import ResidentStyle, SlotUse
 
 # LoRA factors by module path, e.g. "blocks.0.attn2.to_q" -> (A [rank, in], B [out, rank]), scaling folded in.
 Factors = Mapping[str, tuple[Tensor, Tensor]]
@@ -124,6 +125,7 @@ class StyleSlots:
         self._resident: OrderedDict[_Key, int] = OrderedDict()
         self._users = [0] * (slots + 1)
         self._known_rows: dict[tuple[Worn, ...], StyleRows] = {}
+        self._use = SlotUse()
         self.targets: dict[str, tuple[int, int]] = {}
         for target in _TARGETS:
             layers = [_linear(block, target) for block in blocks]
@@ -155,6 +157,7 @@ class StyleSlots:
         strength = next(iter(active.values())) if alone else 1.0
         slot = self._resident.get(key)
         if slot is None:
+            started = time.perf_counter()
             slot, evicted = self._next_slot()
             factors = {name: self._reachable(name, load(name)) for name in active}
             self._check_ranks(factors)
@@ -162,9 +165,21 @@ class StyleSlots:
                 del self._resident[evicted]
             self._write(slot, [(factors[name], 1.0 if alone else weight) for name, weight in active.items()])
             self._resident[key] = slot
+            self._count(evictions=evicted is not None, swap_seconds=(time.perf_counter() - started,))
+        else:
+            self._count(hits=1)
         self._resident.move_to_end(key)
         self._users[slot] += 1
         return Worn(slot, strength)
+
+    def _count(self, hits: int = 0, evictions: int = 0, swap_seconds: tuple[float, ...] = ()) -> None:
+        use = self._use
+        self._use = SlotUse(use.hits + hits, use.evictions + evictions, use.swap_seconds + swap_seconds)
+
+    def take_use(self) -> SlotUse:
+        """What `wear` has done since the last call."""
+        use, self._use = self._use, SlotUse()
+        return use
 
     def take_off(self, worn: Worn) -> None:
         """Ends one use of a slot; the style stays resident until its slot is needed."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cinecat.engines.cache import ContentCache
 from cinecat.engines.errors import EngineError, NoFreeSlot
-from cinecat.engines.messages import ResidentStyle, StyleUse
+from cinecat.engines.messages import ResidentStyle, SlotUse, StyleUse
 from cinecat.engines.slots import Factors, StyleSlots, Worn
 from cinecat.plugins.errors import LoraError
 from cinecat.plugins.fingerprint import fingerprint
@@ -99,6 +99,10 @@ class Wardrobe:
     def residency(self) -> tuple[ResidentStyle, ...]:
         """What is in the slots, least recently used first."""
         return self._slots.residency()
+
+    def take_use(self) -> SlotUse:
+        """What was done with the slots since the last call."""
+        return self._slots.take_use()
 
     def _wear(self, strengths: Mapping[str, float], paths: Mapping[str, Path]) -> Worn:
         return self._slots.wear(strengths, lambda name: self._load(paths[name], name))

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import platform
 import signal
 import socket
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +121,7 @@ async def running(settings: Settings, hurry: asyncio.Event) -> AsyncIterator[Run
     """
     registry = CollectorRegistry()
     metrics = Metrics(registry)
+    metrics.build_info.labels(version("cinecat"), platform.python_version(), version("torch")).set(1)
     async with contextlib.AsyncExitStack() as stack:
         _check_is_free(settings.address)
         metrics_port = stack.enter_context(_metrics_endpoint(settings, registry))
@@ -138,6 +141,7 @@ async def running(settings: Settings, hurry: asyncio.Event) -> AsyncIterator[Run
         stack.push_async_callback(core.stop)
         info = await core.start()
         model = describe_model(info, settings)
+        metrics.loaded(model)
         await warm_up(core, info, model)
 
         catalogue = StyleCatalogue(_registry(settings, installed), info)
@@ -167,7 +171,7 @@ async def running(settings: Settings, hurry: asyncio.Event) -> AsyncIterator[Run
         stack.push_async_callback(_cancelled, keeper)
         generation = GenerationService(jobs, scheduler, model, catalogue, artifacts)
         generation_pb2_grpc.add_GenerationServicer_to_server(generation, server)
-        styles = StylesService(catalogue, installer, inputs, core)
+        styles = StylesService(catalogue, installer, inputs, core, metrics)
         styles_pb2_grpc.add_StylesServicer_to_server(styles, server)
         models_pb2_grpc.add_ModelsServicer_to_server(ModelsService(model), server)
         port = _bind(server, settings.address)

@@ -14,7 +14,7 @@ from cinecat.engines.messages import StepShape
 from cinecat.server.costs import Costs, pixel_frames
 from cinecat.server.forecast import Remaining, forecast
 from cinecat.server.jobs import Jobs
-from cinecat.server.metrics import Metrics
+from cinecat.server.metrics import PRIORITIES, Metrics, priority_name
 from cinecat.server.policy import STRETCH, Phase, Snapshot, Task
 from cinecat.server.render import Rendering
 from cinecat.server.shares import Shares
@@ -159,17 +159,20 @@ class Backlog:
         )
 
     @contextmanager
-    def charged(self, renderings: Sequence[Rendering]) -> Iterator[None]:
-        """Counts the time that a quantum takes to the tenants and the class of its jobs."""
+    def charged(self, kind: str, renderings: Sequence[Rendering]) -> Iterator[None]:
+        """Counts the time that a quantum of a kind takes to the tenants and the class of its jobs."""
         started = time.perf_counter()
         try:
             yield
         finally:
             seconds = time.perf_counter() - started
+            self._metrics.quantum_seconds.labels(kind).observe(seconds)
             classes = {_interactive(entry.rendering.live.job) for entry in self._present()}
             self._shares.spent(_interactive(renderings[0].live.job), seconds, len(classes) == 2)
             for rendering in renderings:
-                self._shares.charge(rendering.live.tenant, seconds / len(renderings))
+                live = rendering.live
+                self._shares.charge(live.tenant, seconds / len(renderings))
+                self._metrics.charged(live.tenant, live.job.clip, seconds / len(renderings))
                 self._learn_state(rendering)
 
     def report(self, rendering: Rendering) -> None:
@@ -193,16 +196,17 @@ class Backlog:
             self._telling = None
         done = self._forecast_now(renewed=True)
         entries = sorted(self._present(), key=lambda entry: _order(entry, done))
-        waiting = 0
+        waiting = dict.fromkeys(PRIORITIES, 0)
         for position, entry in enumerate(entries):
             live = entry.rendering.live
             if live.job.state != pb.JOB_STATE_QUEUED:
                 continue
-            waiting += 1
+            waiting[priority_name(live.job)] += 1
             live.job.progress.queue_position = position
             self._tell_eta(live.job, done)
             self._jobs.progress(live)
-        self._metrics.queue_depth.set(waiting)
+        for priority, jobs in waiting.items():
+            self._metrics.queue_depth.labels(priority).set(jobs)
 
     def _present(self) -> list[_Entry]:
         """Jobs that were cancelled in the queue are gone from it, for good once that is stored."""

@@ -22,6 +22,7 @@ from cinecat.engines.messages import (
     Call,
     CoreConfig,
     Decoded,
+    EngineCacheEvent,
     EngineNews,
     Failure,
     FrameDtype,
@@ -153,7 +154,7 @@ class CoreProcess:
     def _loaded(self) -> ModelInfo:
         """Waits until the model is there, and is the one that it was before."""
         answer = self._receive()
-        while isinstance(answer, SlotMemory | VariantFused | EngineNews):
+        while isinstance(answer, Notice):
             tell(answer, self._metrics)
             answer = self._receive()
         model = _expect(answer, Ready).model
@@ -216,9 +217,10 @@ class CoreProcess:
 
 
 def tell(notice: Notice, metrics: Metrics) -> None:
-    """Logs what the core has to say."""
+    """Logs and counts what the core has to say."""
     match notice:
         case SlotMemory():
+            metrics.style_slots.set(notice.style_slots)
             log.info(
                 "memory for styles",
                 bytes=notice.size_bytes,
@@ -230,6 +232,8 @@ def tell(notice: Notice, metrics: Metrics) -> None:
         case EngineNews():
             metrics.engine_building.set(notice.building)
             log.warning("engine", news=notice.sentence)
+        case EngineCacheEvent():
+            metrics.engine_event(notice)
         case VariantFused():
             log.info("model variant", file=notice.name, parameters=notice.parameters, ignored_tensors=notice.ignored)
 

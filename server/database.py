@@ -20,6 +20,9 @@ _LOCK_TIMEOUT_S = 3
 # So that PostgreSQL lets go within a minute of the lock of a server whose machine or network is gone.
 _SESSION = "SET tcp_keepalives_idle = 30; SET tcp_keepalives_interval = 10; SET tcp_keepalives_count = 3"
 
+# Callers of ListJobs and GetJob whose queries run at once; the others wait their turn.
+_READERS = 4
+
 _SCHEME = re.compile(r"[A-Za-z0-9+.-]{1,40}")
 
 
@@ -61,8 +64,8 @@ def reason(error: Exception) -> str:
 class SoleWriter:
     """Lets a PostgreSQL session be used only while it is the one that may write.
 
-    The engine has a single connection, which takes the lock as it opens and holds it until it closes. So no statement
-    ever runs in a session without it, and a connection that replaces a lost one has to win it anew.
+    The engine that writes has a single connection, which takes the lock as it opens and holds it until it closes. So
+    nothing is ever written in a session without it, and a connection that replaces a lost one has to win it anew.
 
     Attributes:
         name: what the database calls its writer once it is open. A session that finds another name there comes too
@@ -120,33 +123,45 @@ def sqlite_migration_engine(path: Path) -> Engine:
     return engine
 
 
-def postgresql_engine(url: str, writer: SoleWriter) -> Engine:
-    """Raises DatabaseError when psycopg is missing. Connects to nothing yet."""
+def postgresql_engines(url: str, writer: SoleWriter) -> tuple[Engine, Engine]:
+    """An engine whose one session writes, and one that reads and never keeps the writer waiting.
+
+    A pool hands a free connection to whoever asks first, not to whoever waits longest: one session for both would let
+    a caller who lists jobs in a loop hold up every other's. Connects to nothing yet.
+
+    Raises:
+        DatabaseError: psycopg is missing.
+    """
     try:
-        # A session that was lost is noticed before its next use; what was under way in it has raised.
-        engine = create_engine(
-            check_url(url),
-            pool_size=1,
-            max_overflow=0,
-            pool_pre_ping=True,
-            hide_parameters=True,
-            connect_args={
-                "connect_timeout": 10,
-                "application_name": "cinecat",
-                "client_encoding": "utf8",
-                # A server that vanished without a word is noticed within half a minute.
-                "keepalives_idle": 10,
-                "keepalives_interval": 5,
-                "keepalives_count": 3,
-                "tcp_user_timeout": 25_000,
-            },
-        )
+        writing = _postgresql_engine(url, pool_size=1)
+        reading = _postgresql_engine(url, pool_size=_READERS)
     except ImportError as error:
         raise DatabaseError(
             f"database_url: {POSTGRESQL} needs psycopg ({error}); install the extra: pip install 'cinecat[postgres]'"
         ) from error
-    event.listen(engine, "connect", writer.check)
-    return engine
+    event.listen(writing, "connect", writer.check)
+    return writing, reading.execution_options(postgresql_readonly=True)
+
+
+def _postgresql_engine(url: str, pool_size: int) -> Engine:
+    # A session that was lost is noticed before its next use; what was under way in it has raised.
+    return create_engine(
+        check_url(url),
+        pool_size=pool_size,
+        max_overflow=0,
+        pool_pre_ping=True,
+        hide_parameters=True,
+        connect_args={
+            "connect_timeout": 10,
+            "application_name": "cinecat",
+            "client_encoding": "utf8",
+            # A server that vanished without a word is noticed within half a minute.
+            "keepalives_idle": 10,
+            "keepalives_interval": 5,
+            "keepalives_count": 3,
+            "tcp_user_timeout": 25_000,
+        },
+    )
 
 
 def explained(setting: str, error: Exception) -> DatabaseError:

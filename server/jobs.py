@@ -203,6 +203,7 @@ class Jobs:
             return None, existing
         live.transitions.append(first)
         self._live[live.job_id] = live
+        self._metrics.job_accepted(job)
         self._metrics.job_entered(job.state)
         self._left_alone(live, at_least=_ATTACH_SECONDS)
         return live, None
@@ -282,7 +283,7 @@ class Jobs:
             live.turn.release()
             _wake(live)
         live.transitions.append(event)
-        self._metrics.job_moved(before.state, live.job)
+        self._metrics.job_moved(before, live.job)
         log.info("job", job_id=live.job_id, state=state_name(live.job.state))
         if live.ended:
             self._live.pop(live.job_id, None)

@@ -75,6 +75,14 @@ class _Tally:
     tokens_uniform: int = 0
 
 
+@dataclass
+class _Seen:
+    """What there was of a clip so far, of which only the first is measured."""
+
+    estimate: bool = False
+    frames: bool = False
+
+
 @dataclass(frozen=True)
 class CheckpointRule:
     """When a running job is saved: after so many steps, or so many seconds of them, whichever is first."""
@@ -116,10 +124,7 @@ class Renderer:
         wanted = frozenset(each.live.job_id for each in renderings if each.wants_preview)
         stepped = await self.core.call(Step(tuple(each.live.job_id for each in renderings), wanted), Stepped)
         self.costs.observe_step(shape, sum(each.rows for each in renderings), stepped.seconds)
-        mode = clip_pb2.Tokenization.Mode.Name(renderings[0].live.job.clip.tokenization.mode).lower()
-        self.metrics.step_seconds.labels(mode).observe(stepped.seconds)
-        self.metrics.engine_steps.labels(shape.engine).inc(len(renderings))
-        self.metrics.step_jobs.observe(len(renderings))
+        self.metrics.stepped([each.live.job.clip for each in renderings], shape, stepped.seconds)
         return stepped
 
 
@@ -148,6 +153,7 @@ class Rendering:
         self.steps_in_core = 0
         self._renderer = renderer
         self._tally = _Tally()
+        self._seen = _Seen()
         self._keep_ratio = live.job.clip.tokenization.keep_ratio or 1.0  # that the core holds the clip to
         self._saved_step = self._tried_step = 0
         self._save_failed = False
@@ -218,7 +224,11 @@ class Rendering:
         r.catalogue.activity.resident = conditioned.resident
         for news in conditioned.news:
             tell(news, r.metrics)
-        r.model.engine = conditioned.engine
+        r.metrics.slots(len(conditioned.resident), conditioned.slots)
+        r.metrics.memory(conditioned.memory)
+        if r.model.engine != conditioned.engine:
+            r.model.engine = conditioned.engine
+            r.metrics.loaded(r.model)
         if not self._tally.timings:
             self._tally.timings += [StageTime("queue", max(0.0, waited)), *conditioned.timings]
             for style in shot.styles:
@@ -255,6 +265,8 @@ class Rendering:
         """
         tally, progress = self._tally, self.live.job.progress
         tally.step_tokens.append(done.tokens)
+        uniform = tally.tokens_uniform
+        self._renderer.metrics.denoised(self.live.job.clip, self.rows * done.tokens, self.rows * uniform)
         tally.plan_seconds += done.plan_seconds
         tally.denoise_seconds += seconds - done.plan_seconds
         self._unsaved_seconds += seconds
@@ -268,6 +280,9 @@ class Rendering:
         """Sends the watchers the preview of a step, if it has one."""
         if (pictures := done.preview) is not None:
             await self._aside(self._show(lambda: previews.estimate(done.step, pictures)))
+            if not self._seen.estimate:
+                self._seen.estimate = True
+                self._renderer.metrics.first_preview(self.live.job)
 
     async def save_if_due(self) -> None:
         """Has the state saved where the rule says so. Raises CoreDied."""
@@ -314,6 +329,10 @@ class Rendering:
         assert buffer is not None
         decoded = await r.core.call(Decode(live.job_id, buffer.name, buffer.dtype), Decoded)
         self._tally.decode_seconds += decoded.seconds
+        r.metrics.memory(decoded.memory)
+        if not self._seen.frames:
+            self._seen.frames = True
+            r.metrics.first_frame(live.job)
         r.costs.observe("decode", clip.width * clip.height * decoded.count, decoded.seconds)
         frames = await asyncio.to_thread(buffer.frames, decoded)
         await self._aside(self._write(decoded.first, frames))

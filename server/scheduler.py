@@ -29,6 +29,8 @@ MAX_ATTEMPTS = 3
 
 _SLOT_RETRY_S = 1.0
 
+_QUANTA: dict[type[Decision], str] = {Begin: "begin", Advance: "step", DecodeChunk: "decode", Evict: "evict"}
+
 log = structlog.get_logger(__name__)
 
 
@@ -136,7 +138,7 @@ class Scheduler:
         ids = decision.job_ids if isinstance(decision, Advance) else (decision.job_id,)
         renderings = [self._backlog[job_id] for job_id in ids]
         try:
-            with self._backlog.charged(renderings):
+            with self._backlog.charged(_QUANTA[type(decision)], renderings):
                 match decision:
                     case Begin():
                         await self._begin(renderings[0])

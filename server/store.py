@@ -17,7 +17,7 @@ from sqlalchemy.orm import sessionmaker
 from cinecat.server.database import (
     SoleWriter,
     explained,
-    postgresql_engine,
+    postgresql_engines,
     sqlite_engine,
     sqlite_migration_engine,
 )
@@ -91,18 +91,22 @@ class JobStore:
         """
         setting = "data_dir" if isinstance(database, Path) else "database_url"
         try:
-            self._engine = _open_sqlite(database) if isinstance(database, Path) else _open_postgresql(database)
+            opened = _open_sqlite(database) if isinstance(database, Path) else _open_postgresql(database)
         except Exception as error:
             raise explained(setting, error) from None
-        self._session = sessionmaker(self._engine, expire_on_commit=False)
+        self._engines = opened
+        writing, reading = opened
+        self._writing = sessionmaker(writing, expire_on_commit=False)
+        self._reading = sessionmaker(reading, expire_on_commit=False)
 
     def close(self) -> None:
-        self._engine.dispose()
+        for engine in self._engines:
+            engine.dispose()
 
     @property
     def identity(self) -> str:
         """What tells this database from all others, drawn when it was made."""
-        with self._session() as session:
+        with self._reading() as session:
             return session.scalars(select(IdentityRow.identity)).one()
 
     def insert(self, stored: StoredJob, first: job_pb2.JobEvent) -> StoredJob | None:
@@ -125,7 +129,7 @@ class JobStore:
             document=job.SerializeToString(),
         )
         try:
-            with self._session.begin() as session:
+            with self._writing.begin() as session:
                 session.add(row)
                 session.flush()
                 session.add(_event_row(first))
@@ -140,7 +144,7 @@ class JobStore:
     def record(self, transition: job_pb2.JobEvent, attempts: int) -> None:
         """Persists a transition and the job as it is after it, together."""
         job = transition.job
-        with self._session.begin() as session:
+        with self._writing.begin() as session:
             row = session.get_one(JobRow, job.job_id)
             row.state, row.attempts, row.document = job.state, attempts, job.SerializeToString()
             row.ended_us, row.artifact_bytes = StoredJob(job, "", 0).ended_us, _artifact_bytes(job)
@@ -148,18 +152,18 @@ class JobStore:
 
     def set_attempts(self, job_id: str, attempts: int) -> None:
         """Persists how often the core has started on a job, between two of its transitions."""
-        with self._session.begin() as session:
+        with self._writing.begin() as session:
             session.get_one(JobRow, job_id).attempts = attempts
 
     def get(self, job_id: str) -> StoredJob | None:
         if "\0" in job_id:  # which PostgreSQL cannot compare with
             return None
-        with self._session() as session:
+        with self._reading() as session:
             return _stored(session.get(JobRow, job_id))
 
     def by_request_id(self, tenant: str, request_id: str) -> StoredJob | None:
         query = select(JobRow).where(JobRow.tenant == tenant, JobRow.request_id == request_id)
-        with self._session() as session:
+        with self._reading() as session:
             return _stored(session.scalar(query))
 
     def events(self, job_id: str, after_sequence: int = 0) -> list[job_pb2.JobEvent]:
@@ -169,7 +173,7 @@ class JobStore:
             .where(EventRow.job_id == job_id, EventRow.sequence > after_sequence)
             .order_by(EventRow.sequence)
         )
-        with self._session() as session:
+        with self._reading() as session:
             return [job_pb2.JobEvent.FromString(document) for document in session.scalars(query)]
 
     def page(self, size: int, before: tuple[int, str] | None, wanted: JobFilter) -> list[job_pb2.Job]:
@@ -186,13 +190,13 @@ class JobStore:
         if wanted.style:
             worn = select(JobStyleRow.job_id).where(JobStyleRow.name == wanted.style)
             query = query.where(JobRow.job_id.in_(worn))
-        with self._session() as session:
+        with self._reading() as session:
             return [job_pb2.Job.FromString(document) for document in session.scalars(query)]
 
     def unfinished(self) -> list[StoredJob]:
         """Jobs in no final state, oldest first."""
         query = select(JobRow).where(JobRow.state.not_in(FINAL_STATES)).order_by(JobRow.created_us, JobRow.job_id)
-        with self._session() as session:
+        with self._reading() as session:
             return [_from_row(row) for row in session.scalars(query)]
 
     def ended(self, before_us: int, limit: int, *, with_artifacts: bool = False) -> list[EndedJob]:
@@ -205,19 +209,19 @@ class JobStore:
         query = select(JobRow.job_id, JobRow.ended_us, JobRow.artifact_bytes).where(JobRow.ended_us < before_us)
         if with_artifacts:
             query = query.where(JobRow.artifact_bytes > 0)
-        with self._session() as session:
+        with self._reading() as session:
             rows = session.execute(query.order_by(JobRow.ended_us, JobRow.job_id).limit(limit))
             return [EndedJob(job_id, ended_us or 0, size) for job_id, ended_us, size in rows]
 
     def artifact_bytes(self) -> int:
         """Of all jobs together."""
-        with self._session() as session:
+        with self._reading() as session:
             return int(session.scalar(select(func.sum(JobRow.artifact_bytes))) or 0)
 
     def states(self, job_ids: Sequence[str]) -> dict[str, int]:
         """The states of those jobs that there are."""
         found: dict[str, int] = {}
-        with self._session() as session:
+        with self._reading() as session:
             for start in range(0, len(job_ids), _IDS_AT_ONCE):
                 some = job_ids[start : start + _IDS_AT_ONCE]
                 rows = session.execute(select(JobRow.job_id, JobRow.state).where(JobRow.job_id.in_(some)))
@@ -226,7 +230,7 @@ class JobStore:
 
     def delete(self, job_id: str) -> None:
         """Forgets a job that has ended, with its events. Raises ValueError for one that has not."""
-        with self._session.begin() as session:
+        with self._writing.begin() as session:
             row = session.get(JobRow, job_id)
             if row is None:
                 return
@@ -237,7 +241,7 @@ class JobStore:
             session.delete(row)
 
 
-def _open_sqlite(path: Path) -> Engine:
+def _open_sqlite(path: Path) -> tuple[Engine, Engine]:
     engine = sqlite_engine(path)
     try:
         with engine.connect() as connection:
@@ -249,12 +253,12 @@ def _open_sqlite(path: Path) -> Engine:
     except BaseException:
         engine.dispose()
         raise
-    return engine
+    return engine, engine
 
 
-def _open_postgresql(url: str) -> Engine:
+def _open_postgresql(url: str) -> tuple[Engine, Engine]:
     writer = SoleWriter()
-    engine = postgresql_engine(url, writer)
+    engine, reading = postgresql_engines(url, writer)
     name = secrets.token_hex(8)
     try:
         with engine.begin() as connection:
@@ -264,7 +268,7 @@ def _open_postgresql(url: str) -> Engine:
         engine.dispose()
         raise
     writer.name = name
-    return engine
+    return engine, reading
 
 
 def _artifact_bytes(job: job_pb2.Job) -> int:

@@ -21,6 +21,7 @@ from cinecat.engines.messages import CoreConfig
 
 if TYPE_CHECKING:
     from cinecat.engines.backends.store import EngineStore
+    from cinecat.engines.backends.store_events import StoreEvent
 
 _POLL_SECONDS = 1.0
 _NICE = 10
@@ -44,13 +45,14 @@ class Built:
     size_bytes: int
 
 
-def open_store(config: CoreConfig) -> EngineStore:
-    """The cache that settings name."""
+def open_store(config: CoreConfig, announce: Callable[[StoreEvent], None] | None = None) -> EngineStore:
+    """The cache that settings name; what happens in it goes to the log unless somebody else is told."""
     from cinecat.engines.backends.store import EngineStore
+    from cinecat.engines.backends.store_events import log_event
     from cinecat.engines.backends.store_folder import default_engine_folder
 
     folder = Path(config.engine_cache_dir).expanduser() if config.engine_cache_dir else default_engine_folder()
-    return EngineStore(folder, config.engine_cache_bytes or None)
+    return EngineStore(folder, config.engine_cache_bytes or None, announce or log_event)
 
 
 def build_engine(config: CoreConfig, announce: Callable[[str], object]) -> Built:

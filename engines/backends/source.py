@@ -8,11 +8,12 @@ from cinecat.engines.backends.building import BackgroundBuild, open_store
 from cinecat.engines.backends.choice import AUTO, BACKENDS, TORCH, check_fixed, engine_key, find_backend
 from cinecat.engines.backends.contract import ANY_SHAPE, Backend, Engine, EngineSpec
 from cinecat.engines.backends.stack import WanStack
+from cinecat.engines.backends.store_events import Outcome, StoreEvent, log_event
 from cinecat.engines.backends.store_folder import default_engine_folder
 from cinecat.engines.backends.torch_eager import TorchEngine
 from cinecat.engines.errors import EngineError, ModelError, SettingError
 from cinecat.engines.memory import available_bytes
-from cinecat.engines.messages import CoreConfig, EngineNews
+from cinecat.engines.messages import CoreConfig, EngineCacheEvent, EngineNews
 
 _HEADROOM = 1.25
 """Of the memory that a second copy of the weights takes, for what building it takes besides."""
@@ -32,12 +33,12 @@ class EngineSource:
             ModelError: the backend cannot run here, or its engine has to be built first.
         """
         self._stack, self._spec, self._config = stack, spec, config
+        self._news: list[EngineNews | EngineCacheEvent] = []
         # As long as this lives, what it took is not pruned.
-        self._store = open_store(config)
+        self._store = open_store(config, self._heard)
         self._torch: TorchEngine | None = TorchEngine(stack)
         self._built: Engine | None = None
         self._build: BackgroundBuild | None = None
-        self._news: list[EngineNews] = []
         if config.engine == TORCH:
             return
         if config.engine == AUTO:
@@ -110,7 +111,7 @@ class EngineSource:
             return ()
         return tuple((bucket.rows.most, bucket.tokens.most) for bucket in self._spec.buckets)
 
-    def news(self) -> tuple[EngineNews, ...]:
+    def news(self) -> tuple[EngineNews | EngineCacheEvent, ...]:
         """What happened since the last call."""
         told, self._news = tuple(self._news), []
         return told
@@ -123,6 +124,16 @@ class EngineSource:
 
     def _tell(self, sentence: str) -> None:
         self._news.append(EngineNews(sentence, self.building))
+
+    def _build_seconds(self) -> float:
+        """Of the backend's engine in the cache; 0 where it is gone from there."""
+        digest = engine_key(self._backend, self._spec).digest
+        found = [entry.manifest for entry in self._store.entries() if entry.digest == digest]
+        return next((manifest.build_seconds for manifest in found if manifest is not None), 0.0)
+
+    def _heard(self, event: StoreEvent) -> None:
+        log_event(event)
+        self._news.append(EngineCacheEvent(event.outcome.value, event.seconds))
 
     def _backend_takes(self, tokens: tuple[int, ...]) -> bool:
         return self._backend.any_shape or all(map(self._covered, tokens))
@@ -175,6 +186,8 @@ class EngineSource:
             if not self._build.ended():
                 return
             self.close()
+            # The store that the other process built into has told that process.
+            self._news.append(EngineCacheEvent(Outcome.BUILT.value, self._build_seconds()))
             # Where it was allowed to begin, torch stays: requests may be running on it.
             if self._take(self._backend, stays=True):
                 self._tell(f"the {self._backend.name} engine is built; new requests run on it")

@@ -18,6 +18,7 @@ from cinecat.plugins.registry import Style, UnknownStyle
 from cinecat.plugins.sources import Origin
 from cinecat.server.errors import RequestError, Violation, invalid
 from cinecat.server.inputs import JobInputs
+from cinecat.server.metrics import Metrics
 from cinecat.server.services.paging import decode_token, encode_token, page_size
 from cinecat.server.style_installer import StyleInstaller
 from cinecat.server.styles import StyleCatalogue
@@ -44,12 +45,15 @@ class Core(Protocol):
 class StylesService(styles_pb2_grpc.StylesServicer):
     """Looks for styles at every call, so that what is put into a folder or installed is found without a restart."""
 
-    def __init__(self, catalogue: StyleCatalogue, installer: StyleInstaller, inputs: JobInputs, core: Core) -> None:
+    def __init__(
+        self, catalogue: StyleCatalogue, installer: StyleInstaller, inputs: JobInputs, core: Core, metrics: Metrics
+    ) -> None:
         """`inputs` tells which styles accepted jobs wear."""
         self._catalogue = catalogue
         self._installer = installer
         self._inputs = inputs
         self._core = core
+        self._metrics = metrics
         # One at a time, so that between two of them the core is the scheduler's.
         self._warming = asyncio.Lock()
 
@@ -116,6 +120,7 @@ class StylesService(styles_pb2_grpc.StylesServicer):
         async with self._warming:
             warmed = await self._core.call(Warm(use), Warmed)
         self._catalogue.activity.resident = warmed.resident
+        self._metrics.slots(len(warmed.resident), warmed.slots)
         return self._to_proto(style)
 
     async def _find(self, name: str, version: str) -> Style:

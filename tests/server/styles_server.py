@@ -98,8 +98,9 @@ async def served(folder: Path, idle_seconds: float = 30.0, max_bytes: int = MAX_
     catalogue = StyleCatalogue(StyleRegistry(sources), model_info())
     inputs, core = JobInputs(folder / "inputs"), FakeCore()
     installer = StyleInstaller(installed, catalogue, max_bytes, idle_seconds)
-    server = grpc.aio.server(interceptors=[ErrorInterceptor(Metrics(CollectorRegistry()))])
-    styles_pb2_grpc.add_StylesServicer_to_server(StylesService(catalogue, installer, inputs, core), server)
+    metrics = Metrics(CollectorRegistry())
+    server = grpc.aio.server(interceptors=[ErrorInterceptor(metrics)])
+    styles_pb2_grpc.add_StylesServicer_to_server(StylesService(catalogue, installer, inputs, core, metrics), server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     try:

@@ -4,33 +4,26 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from random import Random
 
+from hypothesis import given
+from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, generate_latest
 
-from cinecat.engines.messages import StageTime
+from cinecat.engines.messages import StageTime, StepShape
+from cinecat.server.labels import jobs_label, tokens_label
 from cinecat.server.lifecycle import FINAL_STATES, state_name
-from cinecat.server.metrics import Metrics
+from cinecat.server.metrics import MOST_STYLES, MOST_TENANTS, Metrics
+from cinecat.v1 import clip_pb2
 from cinecat.v1 import job_pb2 as pb
+from tests.server import metrics_table
 from tests.server.samples import PATH_TO_SUCCESS, front, move, new_job
 
 LABELS = {
-    "cinecat_jobs": {"state"},
-    "cinecat_jobs_ended": {"outcome"},
-    "cinecat_job_seconds": {"outcome"},
-    "cinecat_stage_seconds": {"stage", "cached"},
-    "cinecat_step_seconds": {"tokenization"},
-    "cinecat_engine_steps": {"engine"},
-    "cinecat_engine_building": set(),
-    "cinecat_step_jobs": set(),
-    "cinecat_preemptions": set(),
-    "cinecat_resumes": set(),
-    "cinecat_checkpoint_seconds": set(),
-    "cinecat_jobs_removed": {"reason"},
-    "cinecat_queue_depth": set(),
-    "cinecat_core_restarts": set(),
-    "cinecat_requests_refused": {"method", "code"},
-    "cinecat_ready": set(),
+    *("bucket", "cached", "code", "device", "dtype", "engine", "family", "jobs", "kind", "method", "model", "outcome"),
+    *("priority", "python", "reason", "stage", "state", "style", "tenant", "tokenization", "torch", "version"),
 }
+"""All that are allowed; each takes few values by its nature or by `labels.Names`."""
 
 
 def jobs_by_state(registry: CollectorRegistry) -> dict[str, float]:
@@ -40,7 +33,7 @@ def jobs_by_state(registry: CollectorRegistry) -> dict[str, float]:
 
 
 def ended(registry: CollectorRegistry, outcome: str) -> float | None:
-    return registry.get_sample_value("cinecat_jobs_ended_total", {"outcome": outcome})
+    return registry.get_sample_value("cinecat_jobs_ended_total", {"outcome": outcome, "priority": "interactive"})
 
 
 def test_counts_agree_with_the_jobs_after_every_transition(tmp_path: Path) -> None:
@@ -61,7 +54,8 @@ def test_counts_agree_with_the_jobs_after_every_transition(tmp_path: Path) -> No
             assert jobs_by_state(f.registry) == {}
             assert [ended(f.registry, outcome) for outcome in ("succeeded", "cancelled", "failed")] == [1, 1, 1]
             for outcome in map(state_name, FINAL_STATES):
-                assert f.registry.get_sample_value("cinecat_job_seconds_count", {"outcome": outcome}) == 1
+                labels = {"outcome": outcome, "priority": "interactive"}
+                assert f.registry.get_sample_value("cinecat_job_seconds_count", labels) == 1
 
     asyncio.run(scenario())
 
@@ -95,27 +89,56 @@ def test_stages_are_told_apart_from_their_cached_look_ups() -> None:
     assert sums == [2.0, 0.001]
 
 
-def test_no_metric_has_a_label_that_grows_with_use(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        async with front(tmp_path) as f:
-            live = await f.accept(new_job("a-job-id"))
-            await move(f.jobs, live, *PATH_TO_SUCCESS)
-            f.metrics.stage(StageTime("mux", 1.0))
-            f.metrics.step_seconds.labels("uniform").observe(1.0)
-            f.metrics.engine_steps.labels("torch").inc()
-            f.metrics.jobs_removed.labels("age").inc()
-            f.metrics.requests_refused.labels("Generate", "NOT_FOUND").inc()
-            labels: dict[str, set[str]] = {family.name: set() for family in f.registry.collect()}
-            for family in f.registry.collect():
-                for sample in family.samples:
-                    labels[family.name] |= sample.labels.keys() - {"le"}
-            assert labels == LABELS
-            assert b"a-job-id" not in generate_latest(f.registry)
-
-    asyncio.run(scenario())
+def test_labels_are_the_allowed_ones_and_metrics_are_explained() -> None:
+    assert {label for metric in metrics_table.metrics() for label in metric._labelnames} == LABELS
+    assert all(metric._documentation.endswith(".") for metric in metrics_table.metrics())
 
 
-def test_every_metric_is_explained() -> None:
+def test_the_table_in_the_documentation_is_current() -> None:
+    assert metrics_table.DOCUMENT.read_text() == metrics_table.document(), "python -m tests.server.metrics_table"
+
+
+def series(registry: CollectorRegistry) -> int:
+    return sum(len(family.samples) for family in registry.collect())
+
+
+def test_series_stay_few_however_many_names_come() -> None:
     registry = CollectorRegistry()
-    Metrics(registry)
-    assert all(family.documentation.endswith(".") for family in registry.collect())
+    metrics = Metrics(registry)
+    random = Random(0)
+    sizes = []
+    for number in range(10_000):
+        job = new_job(f"job-{number}")
+        job.state, job.priority = pb.JOB_STATE_QUEUED, random.choice(pb.Priority.values())
+        job.clip.prompt = f"prompt {number}"
+        job.clip.tokenization.mode = random.choice(clip_pb2.Tokenization.Mode.values())
+        job.clip.styles.add(name=f"style-{number}", strength=1.0)
+        before = pb.Job()
+        before.CopyFrom(job)
+        metrics.job_accepted(job)
+        metrics.job_entered(job.state)
+        job.start_time.GetCurrentTime()
+        job.state = pb.JOB_STATE_CONDITIONING
+        metrics.job_moved(before, job)
+        before.CopyFrom(job)
+        shape = StepShape("torch", random.randrange(1, 700_000))
+        metrics.stepped([job.clip] * random.randrange(1, 257), shape, random.random())
+        metrics.charged(f"tenant-{number}", job.clip, 1.0)
+        job.state = random.choice(list(FINAL_STATES))
+        metrics.job_moved(before, job)
+        sizes.append(series(registry) if number in (7_499, 9_999) else 0)
+    assert sizes[9_999] <= 1.03 * sizes[7_499] < 6_000
+    text = generate_latest(registry)
+    assert b"job-" not in text
+    assert b"prompt " not in text
+    assert (
+        registry.get_sample_value("cinecat_tenant_device_seconds_total", {"tenant": "other"}) == 10_000 - MOST_TENANTS
+    )
+    assert registry.get_sample_value("cinecat_style_device_seconds_total", {"style": "other"}) == 10_000 - MOST_STYLES
+
+
+@given(st.integers(1, 2_000_000), st.integers(1, 300))
+def test_a_rounded_label_is_the_next_power_of_two(tokens: int, jobs: int) -> None:
+    shown = int(tokens_label(tokens))
+    assert shown == 1 << 20 or shown / 2 < tokens <= shown
+    assert int(jobs_label(jobs)) / 2 < jobs <= int(jobs_label(jobs))

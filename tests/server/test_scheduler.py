@@ -32,6 +32,7 @@ from tests.server.samples import NEVER_S, Front, catalogue, front, model, new_jo
 from tests.server.scripted_core import STEP_S, ScriptedCore
 
 FAILED = pb.JOB_STATE_FAILED
+INTERACTIVE = {"priority": "interactive"}
 QUEUED = pb.JOB_STATE_QUEUED
 CANCELLED = pb.JOB_STATE_CANCELLED
 SUCCEEDED = pb.JOB_STATE_SUCCEEDED
@@ -149,14 +150,14 @@ def test_waiting_jobs_know_their_place_and_a_running_one_has_none(tmp_path: Path
         a, b, c = await line.enqueue("a", "b", "c")
         await until(lambda: a.job.state == pb.JOB_STATE_DENOISING)
         assert [live.job.progress.queue_position for live in (a, b, c)] == [0, 1, 2]
-        assert line.front.registry.get_sample_value("cinecat_queue_depth") == 2
+        assert line.front.registry.get_sample_value("cinecat_queue_depth", INTERACTIVE) == 2
         await line.front.jobs.cancel("b")
         assert c.job.progress.queue_position == 1
         line.core.gate.set()
         await until(lambda: c.job.state != QUEUED)
         assert c.job.progress.queue_position == 0
         await ended(a, c)
-        assert line.front.registry.get_sample_value("cinecat_queue_depth") == 0
+        assert line.front.registry.get_sample_value("cinecat_queue_depth", INTERACTIVE) == 0
 
     with_line(tmp_path, scenario)
 
