@@ -39,6 +39,8 @@ class Task:
         arrival: as the deadline.
         shape: of the coming step; of a waiting job, the one that is expected. None where there is none.
         rows: of a forward that are its.
+        steps_left: until it is denoised.
+        begin_seconds: that letting it in will take; 0 where that is not known.
         state_bytes: that it holds in the core, or will.
         wears_style: whether it needs a style slot.
         alone: it shares no forward with others.
@@ -53,6 +55,8 @@ class Task:
     phase: Phase
     shape: StepShape | None = None
     rows: int = 1
+    steps_left: int = 1
+    begin_seconds: float = 0.0
     state_bytes: int = 0
     wears_style: bool = False
     alone: bool = False
@@ -176,7 +180,7 @@ def _quantum(task: Task, resident: Sequence[Task], invited: Sequence[Task], snap
         fits = guest is not None and _missing_bytes(guest, resident, snapshot) <= 0
         if guest is not None and fits and not (guest.wears_style and snapshot.slots_full):
             wider = [*together, guest]
-            if _worth_together(wider, snapshot) == len(wider):
+            if _worth_together(wider, snapshot) == len(wider) and _worth_the_wait(together, guest, snapshot):
                 return Begin(guest.job_id)
     count = _worth_together(together, snapshot)
     return Advance(tuple(each.job_id for each in together[:count]))
@@ -217,6 +221,21 @@ def _worth_together(tasks: Sequence[Task], snapshot: Snapshot) -> int:
         if seconds / rows <= best_rate:
             best, best_rate = count, seconds / rows
     return best
+
+
+def _worth_the_wait(hosts: Sequence[Task], guest: Task, snapshot: Snapshot) -> bool:
+    """Whether a guest gains more than all who wait meanwhile lose: each of them for its beginning, and as much as the
+    forwards take longer in its company. Of batch jobs only the sum counts, which is always less.
+    """
+    shape, steps = hosts[0].shape, hosts[0].steps_left
+    assert shape is not None
+    if not guest.interactive:
+        return True
+    rows = sum(host.rows for host in hosts)
+    alone, before = (snapshot.step_seconds(shape, count) or 0.0 for count in (guest.rows, rows))
+    # One that was not measured may cost nothing, or it would never be.
+    slower = (snapshot.step_seconds(shape, rows + guest.rows) or before) - before
+    return steps * (alone - slower) >= len(hosts) * (guest.begin_seconds + steps * slower)
 
 
 def _missing_bytes(task: Task, resident: Sequence[Task], snapshot: Snapshot) -> int:

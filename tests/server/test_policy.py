@@ -112,6 +112,16 @@ def test_a_waiting_job_is_let_in_to_share_forwards() -> None:
     assert by_step(snapshot(RUNNING, WAITING, times={1: 1.0}, state_bytes=15)) == Advance(("running",))
 
 
+def test_a_preview_is_not_held_up_for_a_guest_who_gains_less() -> None:
+    times = {1: 1.0, 2: 1.2}
+    host, guest = replace(RUNNING, steps_left=4), replace(WAITING, begin_seconds=2.0)
+    assert by_step(snapshot(host, guest, times=times)) == Begin("waiting")  # gains 4 x 0.8, costs 2 + 4 x 0.2
+    assert by_step(snapshot(host, replace(guest, begin_seconds=3.0), times=times)) == Advance(("running",))
+    assert by_step(snapshot(host, replace(guest, begin_seconds=3.0), times={1: 1.0})) == Begin("waiting")
+    batch = [replace(task, interactive=False, begin_seconds=3.0) for task in (host, guest)]
+    assert by_step(snapshot(*batch, times=times)) == Begin("waiting")
+
+
 def test_a_preview_without_room_sends_a_render_out() -> None:
     assert by_step(snapshot(RENDER, WAITING, state_bytes=15)) == Evict("render")
     just_in = replace(RENDER, evictable=False)
