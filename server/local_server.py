@@ -46,14 +46,17 @@ class LocalServer:
 
 
 @contextmanager
-def running_server(folder: Path, *options: str) -> Iterator[LocalServer]:
+def running_server(folder: Path, *options: str, module: str = "cinecat.cli") -> Iterator[LocalServer]:
     """Runs `cinecat serve` on a free loopback port, with its data in `folder`, and yields it.
+
+    Args:
+        module: the command line that has `serve`, as `python -m` runs it.
 
     Raises ServerFailed when it does not get ready, or does not exit with 0 on SIGTERM.
     """
     ready, log = folder / "ready.json", folder / "server.log"
     ready.unlink(missing_ok=True)  # of a former server on this folder
-    command = [sys.executable, "-m", "cinecat.cli", "serve", "--model", "wan-tiny", "--address", "127.0.0.1:0"]
+    command = [sys.executable, "-m", module, "serve", "--model", "wan-tiny", "--address", "127.0.0.1:0"]
     command += ["--metrics-port", "0", "--data-dir", str(folder / "data"), "--ready-file", str(ready), *options]
     with log.open("wb") as output, subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT) as server:
         try:

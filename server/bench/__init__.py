@@ -11,6 +11,7 @@ from cinecat.server.bench.rank import bench_rank
 from cinecat.server.bench.schedule import bench_schedule
 from cinecat.server.bench.serve import bench_serve
 from cinecat.server.bench.styles import bench_styles
+from cinecat.server.bench.telemetry import bench_telemetry
 from cinecat.server.bench.tokens import bench_tokens
 from cinecat.server.bench.watchers import bench_watchers
 
@@ -24,4 +25,5 @@ BENCHES: Mapping[str, Callable[[bool, Path | None], Report]] = {
     "schedule": bench_schedule,
     "chaos": bench_chaos,
     "watchers": bench_watchers,
+    "telemetry": bench_telemetry,
 }
