@@ -32,7 +32,7 @@ RUN pip install --constraint constraints.txt torch
 
 # TensorRT's libraries are fetched from NVIDIA's own package index while pip builds their wheel.
 COPY . .
-RUN pip install --constraint constraints.txt '.[tensorrt,postgres]'
+RUN pip install --constraint constraints.txt '.[tensorrt,postgres,otel]'
 
 # Data: the job database, inputs, clips and styles. Cache: checkpoints, which can be fetched again.
 RUN useradd --system --uid 10001 --user-group --home-dir /var/lib/cinecat --shell /usr/sbin/nologin cinecat \

@@ -44,6 +44,7 @@ class CoreConfig:
         offload: what is in the host's memory while it does not work: "none", "encoders" (of text and image) or "blocks"
             (of the transformer, and the encoders).
         storage_dtype: that the matrices of the blocks are kept in; "none" is `dtype`.
+        log_format, log_level: as `logs.configure_logging` takes them.
     """
 
     model: str
@@ -63,6 +64,8 @@ class CoreConfig:
     engine_cache_bytes: int = 0
     offload: Offload = "none"
     storage_dtype: StorageDtype = "none"
+    log_format: Literal["console", "json"] = "console"
+    log_level: str = "info"
 
 
 @dataclass(frozen=True)

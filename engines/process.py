@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from structlog.contextvars import bound_contextvars
 
 from cinecat.engines.checkpoint import find_checkpoint
 from cinecat.engines.errors import EngineError, ModelError, NoFreeSlot, OutOfMemory
+from cinecat.engines.logs import configure_logging
 from cinecat.engines.messages import (
     Answer,
     Call,
@@ -47,6 +49,7 @@ def run_core(connection: Connection, config: CoreConfig) -> None:
     """Body of the process: loads the model, says Ready after any notices, then answers calls until the pipe closes."""
     # The parent decides when to stop; a Ctrl-C in the terminal must not tear a step.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    configure_logging(config.log_format, config.log_level)
     _die_with_parent()
     # transformers warns that there is no torchvision, which nothing here uses.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -66,14 +69,28 @@ def run_core(connection: Connection, config: CoreConfig) -> None:
             call: Call = connection.recv()
         except (EOFError, OSError):
             return
-        try:
-            answer = _answer(core, call)
-        except Exception as error:
-            answer = _failure(error)
+        with bound_contextvars(process="core", **_jobs_of(call)):
+            try:
+                answer = _answer(core, call)
+            except Exception as error:
+                answer = _failure(error)
         connection.send(answer)
         if isinstance(answer, Failure) and answer.fatal:
             # After a device error every later result is in doubt: a new process is the only clean state.
             return
+
+
+def _jobs_of(call: Call) -> dict[str, str | tuple[str, ...]]:
+    """Whom a call is about, for the logs."""
+    match call:
+        case Condition(shot):
+            return {"job_id": shot.job_id}
+        case Step(job_ids):
+            return {"job_id": job_ids[0]} if len(job_ids) == 1 else {"job_ids": job_ids}
+        case Save() | Decode() | Release():
+            return {"job_id": call.job_id}
+        case Warm():
+            return {}
 
 
 def _die_with_parent() -> None:

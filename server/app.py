@@ -49,6 +49,7 @@ from cinecat.server.settings import Settings, SettingsError, clip_size
 from cinecat.server.store import JobStore
 from cinecat.server.style_installer import StyleInstaller
 from cinecat.server.styles import StyleCatalogue
+from cinecat.server.tracing import open_tracer
 from cinecat.server.warmup import warm_up
 from cinecat.v1 import generation_pb2, generation_pb2_grpc, models_pb2, models_pb2_grpc, styles_pb2, styles_pb2_grpc
 
@@ -131,7 +132,9 @@ async def running(settings: Settings, hurry: asyncio.Event) -> AsyncIterator[Run
         inputs = JobInputs(folder / "inputs")
         installed = await asyncio.to_thread(_open_installed, folder / "styles")
         checkpoints = await asyncio.to_thread(_open_checkpoints, folder / "checkpoints")
-        jobs = Jobs(store, inputs, checkpoints, settings.grace_seconds, metrics)
+        tracer = open_tracer(settings.trace_endpoint)
+        stack.push_async_callback(asyncio.to_thread, tracer.close)
+        jobs = Jobs(store, inputs, checkpoints, settings.grace_seconds, metrics, tracer.ended)
         stack.push_async_callback(jobs.close)
         artifacts = await asyncio.to_thread(_open_artifacts, settings.artifact_url or str(folder / "artifacts"))
         stack.callback(artifacts.close)
@@ -313,6 +316,8 @@ def _core_config(settings: Settings) -> CoreConfig:
         engine_cache_bytes=round(settings.engine_cache_gib * 2**30),
         offload=settings.offload,
         storage_dtype=settings.storage_dtype,
+        log_format=settings.log_format,
+        log_level=settings.log_level,
     )
 
 

@@ -39,10 +39,10 @@ def _serve(
         print(settings.model_dump_json(indent=2))
         return
     from cinecat.engines.errors import EngineError
+    from cinecat.engines.logs import configure_logging
     from cinecat.server.app import serve as run_server
-    from cinecat.server.logs import configure_logging
 
-    configure_logging(settings)
+    configure_logging(settings.log_format, settings.log_level)
     try:
         asyncio.run(run_server(settings))
     except (EngineError, SettingsError, OSError) as error:

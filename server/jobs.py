@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -48,7 +49,20 @@ _ATTACH_SECONDS = 5.0
 # Progress alone waits so long for more: what watchers cost grows with the events that they are sent.
 _GATHER_S = 0.05
 
+# Of a job, for its trace.
+_STEPS = 128
+
 log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One denoising step of a job: its number from 1 on, tokens per row, and its end in nanoseconds since 1970."""
+
+    step: int
+    tokens: int
+    seconds: float
+    end_ns: int
 
 
 @dataclass
@@ -62,6 +76,7 @@ class LiveJob:
         frames: events that show decoded frames; they are kept as long as the job runs.
         shown: the latest event that shows an estimate.
         latest: the latest event that tells of progress alone.
+        steps: those that this server has seen, the last ones of very many.
         frames_shown: how many decoded frames watchers were sent.
         turn: of its transitions, which are stored one at a time.
         storing: sequence numbers of transitions that are being stored.
@@ -79,6 +94,7 @@ class LiveJob:
     shown: pb.JobEvent | None = None
     latest: pb.JobEvent | None = None
     frames_shown: int = 0
+    steps: deque[StepRecord] = field(default_factory=lambda: deque(maxlen=_STEPS))
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     storing: list[int] = field(default_factory=list)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -90,6 +106,14 @@ class LiveJob:
     def excuse(self) -> None:
         """Takes back the last attempt, which ended for no fault of the job."""
         self.attempts = max(0, self.attempts - 1)
+
+    @property
+    def log(self) -> structlog.typing.FilteringBoundLogger:
+        """The log, with what tells whose lines these are."""
+        names = {"request_id": self.job.request_id, "tenant": self.tenant}
+        given = {name: value for name, value in names.items() if value}
+        bound: structlog.typing.FilteringBoundLogger = log.bind(job_id=self.job_id, **given)
+        return bound
 
     @property
     def job_id(self) -> str:
@@ -137,13 +161,21 @@ class Jobs:
     """
 
     def __init__(
-        self, store: JobStore, inputs: JobInputs, checkpoints: Checkpoints, grace_seconds: float, metrics: Metrics
+        self,
+        store: JobStore,
+        inputs: JobInputs,
+        checkpoints: Checkpoints,
+        grace_seconds: float,
+        metrics: Metrics,
+        on_ended: Callable[[LiveJob], None] = lambda live: None,
     ) -> None:
+        """`on_ended` is told of jobs whose end is stored."""
         self._store = store
         self._inputs = inputs
         self._checkpoints = checkpoints
         self._grace_seconds = grace_seconds
         self._metrics = metrics
+        self._on_ended = on_ended
         self._live: dict[str, LiveJob] = {}
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="store")
         self._closing = False
@@ -205,6 +237,7 @@ class Jobs:
         self._live[live.job_id] = live
         self._metrics.job_accepted(job)
         self._metrics.job_entered(job.state)
+        live.log.info("job accepted", traceparent=job.traceparent)
         self._left_alone(live, at_least=_ATTACH_SECONDS)
         return live, None
 
@@ -284,11 +317,12 @@ class Jobs:
             _wake(live)
         live.transitions.append(event)
         self._metrics.job_moved(before, live.job)
-        log.info("job", job_id=live.job_id, state=state_name(live.job.state))
+        live.log.info("job", state=state_name(live.job.state))
         if live.ended:
             self._live.pop(live.job_id, None)
             if live.grace is not None:
                 live.grace.cancel()
+            self._on_ended(live)
         _wake(live)
         if before.state == pb.JOB_STATE_QUEUED:
             self.on_dequeued()
@@ -316,7 +350,7 @@ class Jobs:
                 await self._in_store(partial(self._store.set_attempts, live.job_id, 0))
             except (OSError, SQLAlchemyError) as error:
                 # Its next transition stores it.
-                log.warning("attempts could not be stored", job_id=live.job_id, error=f"{error}")
+                live.log.warning("attempts could not be stored", error=f"{error}")
 
     def progress(self, live: LiveJob, preview: pb.Preview | None = None) -> None:
         """Tells watchers about progress that the caller has written into `live.job`, and shows them a preview.
@@ -414,7 +448,7 @@ class Jobs:
     def _abandon(self, live: LiveJob) -> None:
         live.grace = None
         if not live.watchers and not live.ended:
-            log.info("job abandoned", job_id=live.job_id, grace_seconds=self._grace_seconds)
+            live.log.info("job abandoned", grace_seconds=self._grace_seconds)
             task = asyncio.ensure_future(self.cancel(live.job_id))
             self._abandoned.add(task)
             task.add_done_callback(partial(self._after_abandonment, live))
@@ -422,7 +456,7 @@ class Jobs:
     def _after_abandonment(self, live: LiveJob, task: asyncio.Task[pb.Job]) -> None:
         self._abandoned.discard(task)
         if (error := task.exception()) is not None:
-            log.error("an abandoned job could not be cancelled", job_id=live.job_id, exc_info=error)
+            live.log.error("an abandoned job could not be cancelled", exc_info=error)
             self._left_alone(live)
 
     async def _to_the_end(self, work: Coroutine[Any, Any, T]) -> T:

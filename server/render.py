@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -40,7 +41,7 @@ from cinecat.server.clip_files import ClipFiles, frame_dtype
 from cinecat.server.core_process import CoreProcess, FrameBuffer, tell
 from cinecat.server.costs import Costs, pixel_frames, rows_of
 from cinecat.server.inputs import JobInputs
-from cinecat.server.jobs import Jobs, LiveJob
+from cinecat.server.jobs import Jobs, LiveJob, StepRecord
 from cinecat.server.metrics import Metrics
 from cinecat.server.models import token_grid
 from cinecat.server.patience import Patience
@@ -250,7 +251,7 @@ class Rendering:
         self.phase = Phase.DENOISING if self.next is not None else Phase.DECODING
         if progress.step:
             self._renderer.metrics.resumes.inc()
-            log.info("job resumed", job_id=self.live.job_id, step=progress.step)
+            self.live.log.info("job resumed", step=progress.step)
 
     async def denoising(self) -> None:
         """Says that the coming step is about to begin."""
@@ -267,6 +268,7 @@ class Rendering:
         tally.step_tokens.append(done.tokens)
         uniform = tally.tokens_uniform
         self._renderer.metrics.denoised(self.live.job.clip, self.rows * done.tokens, self.rows * uniform)
+        self.live.steps.append(StepRecord(done.step, done.tokens, seconds, time.time_ns()))
         tally.plan_seconds += done.plan_seconds
         tally.denoise_seconds += seconds - done.plan_seconds
         self._unsaved_seconds += seconds
@@ -303,7 +305,7 @@ class Rendering:
         except CoreDied:
             raise
         except EngineError as error:
-            log.error("no checkpoint", job_id=live.job_id, step=live.job.progress.step, error=f"{error}")
+            live.log.error("no checkpoint", step=live.job.progress.step, error=f"{error}")
             self._save_failed = True
             return False
         r.metrics.checkpoint_seconds.observe(saved.seconds)
@@ -358,7 +360,7 @@ class Rendering:
         try:
             preview = await asyncio.to_thread(draw)
         except Exception as error:
-            log.error("no preview", job_id=self.live.job_id, exc_info=error)
+            self.live.log.error("no preview", exc_info=error)
         else:
             self._renderer.jobs.progress(self.live, preview)
 
@@ -405,7 +407,7 @@ class Rendering:
         try:
             yield
         except Exception as error:
-            log.error("clean-up failed", job_id=self.live.job_id, exc_info=error)
+            self.live.log.error("clean-up failed", exc_info=error)
 
     async def _move(self, state: State, change: Callable[[pb.Job], object] | None = None) -> None:
         """Raises NotStored."""

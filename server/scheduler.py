@@ -200,7 +200,7 @@ class Scheduler:
         self._metrics.preemptions.inc()
         live = rendering.live
         live.excuse()
-        log.info("job sent out", job_id=live.job_id, step=live.job.progress.step)
+        live.log.info("job sent out", step=live.job.progress.step)
         self._backlog.slots_full = False
         reason = f"a more urgent clip needs the room; goes on from step {live.job.progress.step}"
         await self._store(rendering, lambda: self._jobs.requeue(live, reason))
@@ -215,7 +215,8 @@ class Scheduler:
     async def _failed(self, renderings: Sequence[Rendering], error: Exception) -> None:
         """A quantum failed. Where jobs shared it, none has changed, and each is asked alone from now on."""
         if len(renderings) > 1:
-            log.warning("jobs failed together; each goes on alone", jobs=len(renderings), error=f"{error}")
+            jobs = [rendering.live.job_id for rendering in renderings]
+            log.warning("jobs failed together; each goes on alone", job_ids=jobs, error=f"{error}")
             for rendering in renderings:
                 rendering.alone = True
         else:
@@ -237,13 +238,13 @@ class Scheduler:
         else:
             code = status_of(error)
             if code is grpc.StatusCode.INTERNAL:
-                log.error("job failed", job_id=live.job_id, exc_info=error)
+                live.log.error("job failed", exc_info=error)
             await self._store(rendering, lambda: self._jobs.fail(live, code.value[0], explain(error)))
 
     async def _await_slot(self, rendering: Rendering, error: NoFreeSlot) -> None:
         """Puts a job back. Later jobs that wear a style do not overtake it, others do."""
         live = rendering.live
-        log.info("job waits for a style slot", job_id=live.job_id, reason=f"{error}")
+        live.log.info("job waits for a style slot", reason=f"{error}")
         live.excuse()
         self._backlog.found_no_slot(rendering)
         await self._store(rendering, lambda: self._jobs.requeue(live, f"{error}"))
@@ -266,7 +267,7 @@ class Scheduler:
         await rendering.abandon()
         if live.ended:
             return
-        log.error("engine core died", job_id=live.job_id, attempt=live.attempts, blamed=blamed, error=f"{error}")
+        live.log.error("engine core died", attempt=live.attempts, blamed=blamed, error=f"{error}")
         if live.stop_requested:
             self._backlog.remove(rendering)
             await self._store(rendering, lambda: self._jobs.transition(live, pb.JOB_STATE_CANCELLED))
@@ -285,10 +286,10 @@ class Scheduler:
         try:
             await self._patience.until_stored(rendering.live.job_id, transition)
         except NotStored:
-            log.warning("left for the next start", job_id=rendering.live.job_id)
+            rendering.live.log.warning("left for the next start")
         except ValueError as error:
             # It was cancelled, or has ended, meanwhile.
-            log.warning("too late for a transition", job_id=rendering.live.job_id, error=f"{error}")
+            rendering.live.log.warning("too late for a transition", error=f"{error}")
 
     async def _restart_core(self) -> None:
         """Tries until there is a core again, or the drain begins."""

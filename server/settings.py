@@ -9,6 +9,7 @@ import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator
 
@@ -24,7 +25,7 @@ _OTHER_VARIABLES = frozenset({"CINECAT_SERVER", "CINECAT_TENANT", "CINECAT_CONFI
 _SERVICE_LINKS = re.compile(r"CINECAT_(PORT|SERVICE)(_.*)?")
 
 
-_MAY_HOLD_PASSWORDS = frozenset({"database_url"})
+_MAY_HOLD_PASSWORDS = frozenset({"database_url", "trace_endpoint"})
 
 
 class SettingsError(ValueError):
@@ -157,6 +158,11 @@ class Settings(BaseModel):
         60.0, ge=0, le=86_400, description="how long an attached job outlives its last watcher"
     )
     drain_seconds: float = Field(30.0, ge=0, le=86_400, description="how long a shutdown waits for the running job")
+    trace_endpoint: str = Field(
+        "",
+        description="OTLP collector that gets a trace of every job, e.g. http://127.0.0.1:4318/v1/traces; its "
+        "credentials go into OTEL_EXPORTER_OTLP_HEADERS",
+    )
     log_format: Literal["console", "json"] = Field("console", description="log lines for people or for machines")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe line logged")
 
@@ -192,6 +198,14 @@ class Settings(BaseModel):
     @field_serializer("database_url")
     def _without_password(self, value: str) -> str:
         return masked(value) if value else value
+
+    @field_validator("trace_endpoint")
+    @classmethod
+    def _is_a_collector(cls, value: str) -> str:
+        parts = urlsplit(value)
+        if value and (parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc):
+            raise ValueError("must be http://HOST:PORT/v1/traces or the same with https, without a user or password")
+        return value
 
     @field_validator("address")
     @classmethod

@@ -64,7 +64,7 @@ def bench_telemetry(quick: bool, out: Path | None) -> Report:
         folders = {side: Path(scratch) / side for side in ("on", "off")}
         for folder in folders.values():
             folder.mkdir()
-        traced: tuple[str, ...] = () and ("--trace-endpoint", f"http://127.0.0.1:{collector.server_port}/v1/traces")
+        traced = ("--trace-endpoint", f"http://127.0.0.1:{collector.server_port}/v1/traces")
         on = stack.enter_context(running_server(folders["on"], *_OPTIONS, *traced))
         off = stack.enter_context(running_server(folders["off"], *_OPTIONS, module="cinecat.server.bench.unmeasured"))
         stack.enter_context(_scraped(on))

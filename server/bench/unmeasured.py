@@ -22,7 +22,7 @@ def _nothing(metric: Any, *values: object, **named: object) -> None:
 
 if __name__ == "__main__":
     for kind, methods in ((Counter, ("inc",)), (Gauge, ("inc", "dec", "set")), (Histogram, ("observe",))):
-        kind.labels = _same  # type: ignore[method-assign]
         for method in methods:
             setattr(kind, method, _nothing)
+        kind.labels = _same  # type: ignore[method-assign, assignment]
     main()

@@ -11,9 +11,11 @@ import structlog
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
+from structlog.contextvars import bind_contextvars, get_contextvars
 
 from cinecat.server.errors import RequestError, explain, status_of
 from cinecat.server.metrics import Metrics
+from cinecat.server.services.call_id import CALL_ID_KEY, call_id_of
 
 # A gRPC client refuses trailers above 8 KiB. The message goes into them twice, once percent-encoded, once with the
 # details in base64.
@@ -58,6 +60,7 @@ class ErrorInterceptor(_Interceptor):
 
     def _unary(self, method: str, behaviour: Any) -> Any:
         async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+            _name(context)
             try:
                 return await behaviour(request, context)
             except Exception as error:
@@ -67,6 +70,7 @@ class ErrorInterceptor(_Interceptor):
 
     def _streaming(self, method: str, behaviour: Any) -> Any:
         async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+            _name(context)
             try:
                 async with aclosing(behaviour(request, context)) as responses:
                     async for response in responses:
@@ -84,7 +88,16 @@ class ErrorInterceptor(_Interceptor):
             error = RequestError(status_of(error), explain(error))
         self._metrics.requests_refused.labels(method.rpartition("/")[2], error.code.name).inc()
         status = rpc_status.to_status(to_proto(error))
-        await context.abort(status.code, status.details, status.trailing_metadata)
+        call_id = get_contextvars().get("call_id", "")
+        trailing = (*status.trailing_metadata, (CALL_ID_KEY, call_id))
+        await context.abort(status.code, status.details, trailing)
+
+
+def _name(context: grpc.aio.ServicerContext[Any, Any]) -> None:
+    """Has the call's id in its answer, and in every line of the log: each call is a task with variables of its own."""
+    call_id = call_id_of(context.invocation_metadata())
+    context.set_trailing_metadata(((CALL_ID_KEY, call_id),))
+    bind_contextvars(call_id=call_id)
 
 
 def to_proto(error: RequestError) -> status_pb2.Status:

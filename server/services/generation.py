@@ -23,6 +23,7 @@ from cinecat.server.services.listing import job_filter
 from cinecat.server.services.paging import decode_token, encode_token, page_size
 from cinecat.server.services.tenants import tenant_of
 from cinecat.server.styles import StyleCatalogue
+from cinecat.server.tracing import traceparent_of
 from cinecat.server.validation import AcceptableClip, check_clip
 from cinecat.v1 import clip_pb2, generation_pb2, generation_pb2_grpc, job_pb2, models_pb2
 
@@ -135,6 +136,7 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
             notes=acceptable.notes,
             priority=request.priority or (job_pb2.PRIORITY_BATCH if detached else job_pb2.PRIORITY_INTERACTIVE),
             previews=request.previews,
+            traceparent=traceparent_of(context.invocation_metadata()),
         )
         # A client that vanishes from here on leaves a job that is stored and queued, or none.
         return await asyncio.shield(asyncio.ensure_future(self._enqueue(job, request_hash, acceptable, tenant)))

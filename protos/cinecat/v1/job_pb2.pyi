@@ -341,6 +341,7 @@ class Job(_message.Message):
     NOTES_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     PREVIEWS_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     state: Global___JobState.ValueType
     request_id: _builtins.str
@@ -350,6 +351,8 @@ class Job(_message.Message):
     (Generate).
     """
     priority: Global___Priority.ValueType
+    traceparent: _builtins.str
+    """The caller's trace context, from the metadata "traceparent" (W3C Trace Context); empty where there was none."""
     @_builtins.property
     def clip(self) -> _clip_pb2.ClipSpec:
         """The request with every default filled in and without the image's bytes."""
@@ -395,10 +398,11 @@ class Job(_message.Message):
         notes: _abc.Iterable[_builtins.str] | None = ...,
         priority: Global___Priority.ValueType = ...,
         previews: Global___Previews | None = ...,
+        traceparent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["clip", b"clip", "create_time", b"create_time", "end_time", b"end_time", "error", b"error", "previews", b"previews", "progress", b"progress", "result", b"result", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["clip", b"clip", "create_time", b"create_time", "detached", b"detached", "end_time", b"end_time", "error", b"error", "job_id", b"job_id", "notes", b"notes", "previews", b"previews", "priority", b"priority", "progress", b"progress", "request_id", b"request_id", "result", b"result", "start_time", b"start_time", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["clip", b"clip", "create_time", b"create_time", "detached", b"detached", "end_time", b"end_time", "error", b"error", "job_id", b"job_id", "notes", b"notes", "previews", b"previews", "priority", b"priority", "progress", b"progress", "request_id", b"request_id", "result", b"result", "start_time", b"start_time", "state", b"state", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
