@@ -73,6 +73,7 @@ class Backlog:
         self._costs = costs
         self._limits = limits
         self._metrics = metrics
+        metrics.queue_limit.set(limits.max_queue)
         self._entries: dict[str, _Entry] = {}
         self._shares = Shares()
         self._bytes_per_pixel = 0.0  # of a state, the most that was seen

@@ -14,9 +14,10 @@ from google.protobuf import timestamp_pb2
 from google.rpc import code_pb2
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
+from cinecat.engines.backends.store_events import Outcome
 from cinecat.engines.messages import CoreMemory, EngineCacheEvent, SlotUse, StageTime, StepShape
 from cinecat.server.labels import Names, jobs_label, tokens_label
-from cinecat.server.lifecycle import FINAL_STATES, state_name
+from cinecat.server.lifecycle import FINAL_STATES, TRANSITIONS, state_name
 from cinecat.v1 import clip_pb2, models_pb2
 from cinecat.v1 import job_pb2 as pb
 
@@ -27,6 +28,12 @@ MOST_TENANTS, MOST_STYLES = 50, 100
 """That have series of their own; all later ones share one."""
 
 PRIORITIES = ("interactive", "batch")
+
+QUANTA = ("begin", "step", "decode", "evict")
+"""Kinds of what the scheduler lets the engine core do."""
+
+REMOVALS = ("age", "size", "orphan")
+"""Reasons for which retention removes a job."""
 
 # From a preview of a tenth of a second to a render of half an hour.
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1200, 1800, 3600)
@@ -62,6 +69,7 @@ class Metrics:
         self.job_errors = counter("job_errors", "Jobs that failed, by the state that they failed in.", "code", "state")
         self.requests_refused = counter("requests_refused", "RPCs answered with an error status.", "method", "code")
         self.queue_depth = gauge("queue_depth", "Jobs waiting for the engine core.", "priority")
+        self.queue_limit = gauge("queue_limit", "Jobs that may wait; one more is refused.")
         self.queue_seconds = histogram("queue_seconds", "From acceptance to the first work on a job.", "priority")
         self.first_preview_seconds = histogram(
             "first_preview_seconds", "From acceptance to the first picture of an unfinished clip.", "priority"
@@ -139,10 +147,33 @@ class Metrics:
             "of its device (a CPU is its host).",
             "kind",
         )
-        for priority in PRIORITIES:
-            self.queue_depth.labels(priority)
+        self._begin_at_zero()
         # Of the front's process: CPU seconds, resident memory, open files.
         ProcessCollector(registry=registry)
+
+    def _begin_at_zero(self) -> None:
+        """Series whose labels are known from the start are there from the start: 0 says that it has not happened yet,
+        and `rate` sees the first time that it does.
+        """
+        for state in TRANSITIONS.keys() - FINAL_STATES:
+            self.jobs.labels(state_name(state))
+        for priority in PRIORITIES:
+            self.queue_depth.labels(priority)
+            self.jobs_accepted.labels(priority)
+            for latency in (self.queue_seconds, self.first_preview_seconds, self.first_frame_seconds):
+                latency.labels(priority)
+            for outcome in map(state_name, FINAL_STATES):
+                self.jobs_ended.labels(outcome, priority)
+                self.job_seconds.labels(outcome, priority)
+        for mode in clip_pb2.Tokenization.UNIFORM, clip_pb2.Tokenization.CAT:
+            for count in (self.tokens, self.tokens_uniform, self.frames, self.megapixels):
+                count.labels(_mode_name(mode))
+        for kind in QUANTA:
+            self.quantum_seconds.labels(kind)
+        for happened in Outcome:
+            self.engine_cache.labels(happened.value)
+        for reason in REMOVALS:
+            self.jobs_removed.labels(reason)
 
     def job_accepted(self, job: pb.Job) -> None:
         self.jobs_accepted.labels(priority_name(job)).inc()
@@ -233,7 +264,11 @@ def priority_name(job: pb.Job) -> str:
 
 
 def tokenization_name(clip: clip_pb2.ClipSpec) -> str:
-    return clip_pb2.Tokenization.Mode.Name(clip.tokenization.mode).lower()
+    return _mode_name(clip.tokenization.mode)
+
+
+def _mode_name(mode: clip_pb2.Tokenization.Mode.ValueType) -> str:
+    return clip_pb2.Tokenization.Mode.Name(mode).lower()
 
 
 def _age(job: pb.Job) -> float:

@@ -13,7 +13,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 from cinecat.engines.messages import StageTime, StepShape
 from cinecat.server.labels import jobs_label, tokens_label
 from cinecat.server.lifecycle import FINAL_STATES, state_name
-from cinecat.server.metrics import MOST_STYLES, MOST_TENANTS, Metrics
+from cinecat.server.metrics import MOST_STYLES, MOST_TENANTS, QUANTA, Metrics
+from cinecat.server.scheduler import _QUANTA
 from cinecat.v1 import clip_pb2
 from cinecat.v1 import job_pb2 as pb
 from tests.server import metrics_table
@@ -71,7 +72,7 @@ def test_restored_jobs_are_counted_where_they_are(tmp_path: Path) -> None:
         async with front(tmp_path) as f:
             await f.jobs.restore()
             assert jobs_by_state(f.registry) == {"queued": 2}
-            assert ended(f.registry, "succeeded") is None
+            assert ended(f.registry, "succeeded") == 0
 
     asyncio.run(before())
     asyncio.run(after())
@@ -87,6 +88,23 @@ def test_stages_are_told_apart_from_their_cached_look_ups() -> None:
         for cached in ("false", "true")
     ]
     assert sums == [2.0, 0.001]
+
+
+def test_what_has_not_happened_yet_is_told_as_zero() -> None:
+    registry = CollectorRegistry()
+    Metrics(registry)
+    for name, labels in (
+        ("cinecat_jobs", {"state": "queued"}),
+        ("cinecat_jobs_ended_total", {"outcome": "failed", "priority": "batch"}),
+        ("cinecat_quantum_seconds_count", {"kind": "evict"}),
+        ("cinecat_tokens_total", {"tokenization": "cat"}),
+        ("cinecat_engine_cache_total", {"outcome": "built"}),
+    ):
+        assert registry.get_sample_value(name, labels) == 0
+
+
+def test_the_kinds_of_quanta_are_the_schedulers() -> None:
+    assert set(QUANTA) == set(_QUANTA.values())
 
 
 def test_labels_are_the_allowed_ones_and_metrics_are_explained() -> None:

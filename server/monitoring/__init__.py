@@ -1,0 +1,1 @@
+"""What an operator sees: Grafana's dashboards as code, Prometheus' rules and configuration."""
