@@ -13,8 +13,7 @@ ENGINE = Row(
             (Query("cinecat_model_info{@}", "{{model}} on {{device}}, {{dtype}}, engine {{engine}}"),),
             "none",
             "stat",
-            width=12,
-            words={1: "serving"},
+            names=True,
         ),
         Panel(
             "Versions",
@@ -22,14 +21,31 @@ ENGINE = Row(
             (Query("cinecat_build_info{@}", "Cinecat {{version}}, Python {{python}}, torch {{torch}}"),),
             "none",
             "stat",
-            width=12,
-            words={1: "running"},
+            names=True,
+        ),
+        Panel(
+            "Being built",
+            "Whether the engine that the settings name is, and torch stands in. Its end is noticed with the next clip.",
+            (Query("cinecat_engine_building{@}", "{{instance}}"),),
+            "none",
+            "stat",
+            width=4,
+            words={0: "no", 1: "yes"},
+        ),
+        Panel(
+            "Spent on builds",
+            "In the shown period.",
+            (Query("sum(increase(cinecat_engine_build_seconds_sum{@}[$__range]))", "builds"),),
+            "s",
+            "stat",
+            width=4,
         ),
         Panel(
             "Steps per second, by the engine that ran them",
             "torch beside another engine: that one is being built, or is not built for the sizes asked for.",
             (Query("sum by (engine) (rate(cinecat_engine_steps_total{@}[5m]))", "{{engine}}"),),
             "suffix: steps/s",
+            width=12,
             stacked=True,
         ),
         Panel(
@@ -37,23 +53,8 @@ ENGINE = Row(
             "Within the shown interval. damaged is an engine that was found and not used; evicted went for its size.",
             (Query("sum by (outcome) (increase(cinecat_engine_cache_total{@}[$__rate_interval]))", "{{outcome}}"),),
             "suffix: engines",
-        ),
-        Panel(
-            "An engine is being built, torch stands in",
-            "That it is done is noticed when the next clip begins.",
-            (Query("max by (instance) (cinecat_engine_building{@})", "{{instance}}"),),
-            "none",
-            width=4,
-            words={0: "no", 1: "yes"},
-            most=1,
-        ),
-        Panel(
-            "Spent on builds",
-            "In the shown period.",
-            (Query("sum(increase(cinecat_engine_build_seconds_sum{@}[$__range]))", "builds"),),
-            "s",
-            "bargauge",
-            width=4,
+            width=12,
+            whole=True,
         ),
     ),
 )
@@ -73,8 +74,7 @@ CORE = Row(
             "The 95th percentile by kind. No clip can be let in, and none stopped, before such a quantum ends.",
             (
                 Query(
-                    "histogram_quantile(0.95, sum by (le, kind) "
-                    '(rate(cinecat_quantum_seconds_bucket{@, kind!="evict"}[5m])))',
+                    "histogram_quantile(0.95, sum by (le, kind) (rate(cinecat_quantum_seconds_bucket{@}[5m])))",
                     "{{kind}}",
                 ),
             ),
@@ -85,6 +85,7 @@ CORE = Row(
             "Within the shown interval. Running clips go on from their last checkpoint.",
             (Query("sum by (instance) (increase(cinecat_core_restarts_total{@}[$__rate_interval]))", "{{instance}}"),),
             "none",
+            whole=True,
         ),
         Panel(
             "Time to write a checkpoint",
@@ -110,6 +111,7 @@ CORE = Row(
             "Within the shown interval: for age, for the room that all clips take, or with only files left.",
             (Query("sum by (reason) (increase(cinecat_jobs_removed_total{@}[$__rate_interval]))", "{{reason}}"),),
             "suffix: jobs",
+            whole=True,
         ),
     ),
 )

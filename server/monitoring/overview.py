@@ -85,11 +85,11 @@ OUTCOMES = Row(
             stacked=True,
         ),
         Panel(
-            "Failed jobs, by error and by what they failed in",
-            "Jobs within the shown interval. `cinecat jobs show ID` and the log have the words to the code.",
+            "Failed jobs since the start, by error and by what they failed in",
+            "`cinecat jobs show ID` and the server's log have the words to the code. Empty where none has failed.",
             (
                 Query(
-                    "sum by (code, state) (increase(cinecat_job_errors_total{@}[$__rate_interval]))",
+                    "sum by (code, state) (cinecat_job_errors_total{@})",
                     "{{code}} in {{state}}",
                 ),
             ),
@@ -211,6 +211,7 @@ STAGES = Row(
                 Query("sum(increase(cinecat_core_restarts_total{@}[$__rate_interval]))", "cores started anew"),
             ),
             "none",
+            whole=True,
         ),
     ),
 )

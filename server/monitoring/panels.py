@@ -50,6 +50,8 @@ class Panel:
         limit: from which value on a number turns red; None leaves it uncoloured.
         low_is_bad: whether it is red below that value instead.
         words: what to show in place of some values.
+        names: whether a number is shown by the name of its series alone, which is what it tells.
+        whole: whether the values count things; `increase` makes fractions of them.
         most: the end of the scale; None lets it follow the values.
     """
 
@@ -63,6 +65,8 @@ class Panel:
     limit: float | None = None
     low_is_bad: bool = False
     words: Mapping[float, str] = field(default_factory=dict)
+    names: bool = False
+    whole: bool = False
     most: float | None = None
 
     def to_json(self, number: int, x: int, y: int) -> dict[str, Any]:
@@ -96,6 +100,8 @@ class Panel:
         found: dict[str, Any] = {"unit": self.unit, "min": 0, "thresholds": self._thresholds()}
         if self.most is not None:
             found["max"] = self.most
+        if self.whole:
+            found["decimals"] = 0
         if self.words:
             options = {f"{value:g}": {"text": text} for value, text in self.words.items()}
             found["mappings"] = [{"type": "value", "options": options}]
@@ -134,7 +140,7 @@ class Panel:
                     "colorMode": "value",
                     "graphMode": "none",
                     "justifyMode": "center",
-                    "textMode": "auto",
+                    "textMode": "name" if self.names else "auto",
                 }
             case "bargauge":
                 return {

@@ -90,6 +90,7 @@ def test_every_panel_says_what_it_tells_and_in_which_unit(dashboard: Dashboard) 
         assert panel.description.endswith("."), panel.title
         assert panel.unit, panel.title
         assert all(query.legend for query in panel.queries), panel.title
+        assert panel.kind == "timeseries" or len(panel.queries) == 1, panel.title
 
 
 @ALL
