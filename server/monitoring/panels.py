@@ -17,6 +17,9 @@ _HEIGHTS = {"timeseries": 8, "bargauge": 8, "stat": 4}
 _DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
 _CHOSEN = 'instance=~"$instance"'
 
+# A share of nothing is NaN to Prometheus.
+_NOTHING = {"type": "special", "options": {"match": "null+nan", "result": {"text": "–"}}}
+
 
 @dataclass(frozen=True)
 class Query:
@@ -102,9 +105,10 @@ class Panel:
             found["max"] = self.most
         if self.whole:
             found["decimals"] = 0
-        if self.words:
-            options = {f"{value:g}": {"text": text} for value, text in self.words.items()}
-            found["mappings"] = [{"type": "value", "options": options}]
+        options = {f"{value:g}": {"text": text} for value, text in self.words.items()}
+        found["mappings"] = [{"type": "value", "options": options}] if options else []
+        if self.kind == "stat":
+            found["mappings"].append(_NOTHING)
         if self.kind == "timeseries":
             found["custom"] = {
                 "drawStyle": "line",

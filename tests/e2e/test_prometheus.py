@@ -22,7 +22,7 @@ from tests.server.monitoring.prometheus import Prometheus, needs_prometheus, scr
 pytestmark = needs_prometheus
 
 # Of Grafana's variables, as the browser fills them in for the last few minutes.
-VARIABLES = {"$instance": ".*", "$__rate_interval": "1m", "$__range": "5m"}
+VARIABLES = {"$instance": ".*", "$__rate_interval": "2m", "$__range": "5m"}
 CLIP: dict[str, Any] = {"prompt": "a star moves left", "size": "64x64", "frames": 5, "steps": 3, "guidance": 1.0}
 CAT: dict[str, Any] = {"tokenization": "cat", "keep_ratio": 0.75}
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from cinecat.server.monitoring.dashboards import DASHBOARDS
 from tests.server.monitoring.prometheus import RULES, needs_promtool
 
 RUNBOOK = Path(__file__).parents[3] / "docs" / "runbook.md"
@@ -64,3 +65,10 @@ def test_every_alert_has_its_paragraph_and_every_paragraph_its_alert() -> None:
     ]
     for paragraph in paragraphs:
         assert re.findall(r"^\*\*(\w+)\*\*", paragraph, flags=re.MULTILINE) == ["Means", "Look", "Do"]
+
+
+def test_the_panels_that_the_runbook_names_are_there() -> None:
+    named = re.findall(r'"([A-Z][^"]+)"', " ".join(RUNBOOK.read_text().split()))
+    titles = [panel.title for dashboard in DASHBOARDS for panel in dashboard.panels]
+    assert len(named) > 5
+    assert [name for name in named if not any(title.startswith(name) for title in titles)] == []
