@@ -72,7 +72,7 @@ def work(a: Client, b: Client, image: bytes) -> None:
 
 def lose_the_core(server: LocalServer, folder: Path, client: Client, image: bytes) -> None:
     """Kills the core under a clip, which goes on from its checkpoint, and takes away what another is made from."""
-    long = client.submit(image=image, **(CLIP | {"steps": 100}))
+    long = client.submit(image=image, **(CLIP | {"steps": 60}))
     next(event for event in client.watch(long.job_id) if getattr(event, "step", 0) >= 8)
     os.kill(server.core_pid, signal.SIGKILL)
     broken = client.submit(image=image, **CLIP)
