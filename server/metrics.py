@@ -40,7 +40,7 @@ class Metrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         self._tenants, self._styles = Names(MOST_TENANTS), Names(MOST_STYLES)
         # The time when each series began would be a series more, which nothing here reads.
-        disable_created_metrics()
+        disable_created_metrics()  # type: ignore[no-untyped-call]
 
         def counter(name: str, help_text: str, *labels: str) -> Counter:
             return Counter(f"cinecat_{name}", help_text, labels, registry=registry)

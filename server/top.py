@@ -8,8 +8,9 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from itertools import islice
 from typing import Annotated, Any
 
@@ -22,7 +23,7 @@ from cinecat.cli import output as out
 from cinecat.cli.options import DEFAULT_ADDRESS, Json, Server
 from cinecat.clip import Job
 from cinecat.errors import CinecatError, ServerTimeout, ServerUnavailable
-from cinecat.server.scrapes import Figures, History, NotMetrics, Scrape, figures
+from cinecat.server.scrapes import History, NotMetrics, Scrape, figures
 from cinecat.server.top_view import Lost, Seen, draw
 from cinecat.states import JobState
 
@@ -32,6 +33,7 @@ MOST_WAITING = 200
 """That are asked for, newest first; how many there are is a metric."""
 
 _TIMEOUT_S = 5.0
+_EARLIEST = datetime.min.replace(tzinfo=UTC)
 _RUNNING = (JobState.CONDITIONING, JobState.DENOISING, JobState.DECODING, JobState.ENCODING)
 
 
@@ -56,7 +58,7 @@ def top(
     if not (once or as_json or sys.stdout.isatty()):
         raise out.usage_error("stdout is no terminal; use --once or --json")
     with Client(server, timeout_s=_TIMEOUT_S) as client:
-        look = _Look(client, server, metrics)
+        look = Look(client, server, metrics)
         look.at_all()
         if once or as_json:
             time.sleep(interval)
@@ -70,7 +72,7 @@ def top(
         _live(look, interval)
 
 
-def _live(look: _Look, interval: float) -> None:
+def _live(look: Look, interval: float) -> None:
     """Until Ctrl-C, which is how one leaves it and no failure."""
     console = Console(highlight=False)
     try:
@@ -84,7 +86,7 @@ def _live(look: _Look, interval: float) -> None:
 
 
 @dataclass
-class _Look:
+class Look:
     """What was seen of a server, and since when it is not any more."""
 
     client: Client
@@ -97,19 +99,23 @@ class _Look:
 
     def at_all(self) -> None:
         """Raises CinecatError, which names the option, where there is nothing to be seen."""
-        self.history.add(scrape(self.metrics))
+        self._at_metrics()
         self._at_jobs()
 
     def at_what_answers(self) -> None:
         """As `at_all`; what does not answer stays as it was, and is told to be so."""
-        for name, at in (("--metrics", lambda: self.history.add(scrape(self.metrics))), ("--server", self._at_jobs)):
+        sides: dict[str, Callable[[], None]] = {"--metrics": self._at_metrics, "--server": self._at_jobs}
+        for name, look in sides.items():
             try:
-                at()
+                look()
             except CinecatError as error:
                 since = self.lost[name].since if name in self.lost else datetime.now()
                 self.lost[name] = Lost(since, error.message)
             else:
                 self.lost.pop(name, None)
+
+    def _at_metrics(self) -> None:
+        self.history.add(scrape(self.metrics))
 
     def _at_jobs(self) -> None:
         try:
@@ -119,12 +125,12 @@ class _Look:
             raise ServerUnavailable(
                 f"--server: no server answers at {self.server}: {error.message}; start one with: cinecat serve"
             ) from error
-        self.running = sorted(running, key=lambda job: (job.start_time or datetime.min, job.job_id))
+        self.running = sorted(running, key=lambda job: (job.start_time or _EARLIEST, job.job_id))
         self.waiting = sorted(waiting, key=lambda job: (job.queue_position, job.job_id))
 
     def seen(self) -> Seen:
-        found: Figures = figures(self.history)
-        return Seen(self.server, datetime.now(), found, self.running, self.waiting, list(self.lost.values()))
+        lost = list(self.lost.values())
+        return Seen(self.server, datetime.now(), figures(self.history), self.running, self.waiting, lost)
 
 
 def scrape(url: str) -> Scrape:

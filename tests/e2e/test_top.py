@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import pty
+import signal
+import subprocess
+import sys
 
 import typer
 from typer.testing import CliRunner
@@ -51,3 +57,25 @@ def test_a_running_job_and_one_that_waits_are_shown_with_what_the_engine_does(
     assert jobs[0].job_id[:12] in text
     assert "/100" in text
     assert "noir:0.8" in text
+
+
+def test_ctrl_c_gives_the_terminal_back_as_it_was(server: LocalServer) -> None:
+    metrics = f"http://127.0.0.1:{server.metrics_port}/metrics"
+    call = "import sys, typer; from cinecat.server.top import top; app = typer.Typer(); app.command()(top); app()"
+    command = [sys.executable, "-c", call, "--server", server.address, "--metrics", metrics, "--interval", "0.2"]
+    ours, its = pty.openpty()
+    with subprocess.Popen(command, stdin=its, stdout=its, stderr=its, start_new_session=True) as process:
+        os.close(its)
+        screen = b""
+        while screen.count(b"style slots") < 3:
+            screen += os.read(ours, 65536)
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(OSError):  # which is how the end of a terminal reads
+            while more := os.read(ours, 65536):
+                screen += more
+        assert process.wait(30) == 0
+    os.close(ours)
+    entered, left = screen.rindex(b"\x1b[?1049h"), screen.rindex(b"\x1b[?1049l")
+    assert entered < left
+    assert screen.rindex(b"\x1b[?25l") < screen.rindex(b"\x1b[?25h")
+    assert b"Traceback" not in screen

@@ -15,11 +15,12 @@ from prometheus_client import CollectorRegistry, generate_latest
 from rich.console import Console
 from typer.testing import CliRunner
 
+from cinecat import Client
 from cinecat.clip import Job, job_from_proto
 from cinecat.errors import CinecatError, InvalidRequest, ServerUnavailable
 from cinecat.server.metrics import Metrics
 from cinecat.server.scrapes import Figures, History, Latency, Scrape, figures
-from cinecat.server.top import scrape, top
+from cinecat.server.top import Look, scrape, top
 from cinecat.server.top_view import NARROW, WIDE, Lost, Seen, draw
 from cinecat.v1 import job_pb2 as pb
 from tests.server.samples import new_job
@@ -137,6 +138,19 @@ def test_an_endpoint_that_cannot_be_reached_is_named_by_its_option() -> None:
         unreachable = run("--once", "--metrics", url, "--server", NOBODY)
     assert isinstance(unreachable, ServerUnavailable)
     assert unreachable.message.startswith(f"--server: no server answers at {NOBODY}: ")
+
+
+def test_what_stops_answering_later_is_waited_out_and_told_since_when() -> None:
+    with Client(NOBODY) as client:
+        with web_page(200, metrics_text()) as url:
+            look = Look(client, NOBODY, url)
+            look.at_what_answers()
+            assert look.lost.keys() == {"--server"}
+            since = look.lost["--server"].since
+        look.at_what_answers()
+    assert look.lost.keys() == {"--server", "--metrics"}
+    assert look.lost["--server"].since == since < look.lost["--metrics"].since
+    assert look.seen().figures.queue == {"interactive": 0, "batch": 0}
 
 
 @pytest.mark.parametrize(
