@@ -145,9 +145,11 @@ async def running(settings: Settings, hurry: asyncio.Event) -> AsyncIterator[Run
         info = await core.start()
         model = describe_model(info, settings)
         metrics.loaded(model)
-        await warm_up(core, info, model)
+        resident = await warm_up(core, info, model)
 
         catalogue = StyleCatalogue(_registry(settings, installed), info)
+        catalogue.activity.resident = resident
+        metrics.style_slots_resident.set(len(resident))
         installer = StyleInstaller(installed, catalogue, settings.max_style_mib * 2**20)
         costs = Costs()
         server, health_servicer = _grpc_server(settings, metrics)
@@ -155,6 +157,7 @@ async def running(settings: Settings, hurry: asyncio.Event) -> AsyncIterator[Run
         async def on_core_state(alive: bool) -> None:
             if not alive:
                 catalogue.activity.resident = ()
+                metrics.style_slots_resident.set(0)
             await _set_health(health_servicer, alive)
             metrics.ready.set(alive)
 

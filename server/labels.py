@@ -5,7 +5,7 @@ from __future__ import annotations
 OTHER = "other"
 NONE = "none"
 
-_MOST_TOKENS = 1 << 20
+_MOST_TOKENS, _MOST_JOBS = 1 << 20, 1 << 4
 
 
 class Names:
@@ -28,10 +28,10 @@ class Names:
 
 
 def tokens_label(tokens: int) -> str:
-    """The power of two that a number of tokens does not exceed."""
+    """The power of two that a number of tokens does not exceed; the highest stands for more, too."""
     return str(min(1 << max(0, tokens - 1).bit_length(), _MOST_TOKENS))
 
 
 def jobs_label(jobs: int) -> str:
-    """How many jobs shared a forward, as the power of two that it does not exceed."""
-    return str(1 << max(0, jobs - 1).bit_length())
+    """How many jobs shared a forward, likewise."""
+    return str(min(1 << max(0, jobs - 1).bit_length(), _MOST_JOBS))

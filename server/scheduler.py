@@ -261,6 +261,7 @@ class Scheduler:
             rendering.alone = True
             await self._put_back(rendering, error, blamed=len(involved) == 1)
         self._backlog.slots_full = False
+        self._backlog.tell_positions()  # those that were put back wait for a new core, which may take minutes
 
     async def _put_back(self, rendering: Rendering, error: CoreDied, *, blamed: bool) -> None:
         live = rendering.live

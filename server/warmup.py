@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry
 from safetensors.numpy import save_file
 
 from cinecat.engines.errors import ModelError
-from cinecat.engines.messages import ModelInfo
+from cinecat.engines.messages import ModelInfo, ResidentStyle
 from cinecat.plugins.registry import StyleRegistry
 from cinecat.server.artifacts import ArtifactStore
 from cinecat.server.checkpoints import Checkpoints
@@ -34,8 +34,11 @@ _STEPS = 2
 log = structlog.get_logger(__name__)
 
 
-async def warm_up(core: CoreProcess, info: ModelInfo, model: models_pb2.Model) -> None:
+async def warm_up(core: CoreProcess, info: ModelInfo, model: models_pb2.Model) -> tuple[ResidentStyle, ...]:
     """Renders a clip of the smallest size, with guidance and a style made for the purpose.
+
+    Returns:
+        What is left in the style slots.
 
     Raises:
         ModelError: the clip failed; requests would too.
@@ -83,6 +86,7 @@ async def warm_up(core: CoreProcess, info: ModelInfo, model: models_pb2.Model) -
         finally:
             await jobs.close()
     log.info("warm", seconds=round(time.perf_counter() - started, 2))
+    return catalogue.activity.resident
 
 
 def _write_style(folder: Path, info: ModelInfo) -> str:

@@ -16,6 +16,8 @@ _SUMMARIES = {
     "train-style": "Train a style on a few captioned clips.",
     "train-cat": "Distil an adapter for steps with merged tokens.",
     "film-set": "Write captioned clips of the procedural film set, in a look of choice.",
+    "top": "Watch a serving Cinecat: queue, steps, tokens, slots, memory.",
+    "doctor": "Tell what this machine has, and whether serve would work.",
     "engines": "Build, list, verify and prune the compiled engines on this machine.",
     "plan": "Draw which patches of an image's clip share a token.",
     "evaluate": "Measure clips beside others of the same names, or let people choose blind.",
