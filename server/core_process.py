@@ -153,6 +153,7 @@ class CoreProcess:
 
     def _loaded(self) -> ModelInfo:
         """Waits until the model is there, and is the one that it was before."""
+        self._metrics.engine_building.set(0)  # it says so where it builds one
         answer = self._receive()
         while isinstance(answer, Notice):
             tell(answer, self._metrics)
