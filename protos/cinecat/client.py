@@ -23,12 +23,13 @@ from cinecat.catalog import (
     style_list,
 )
 from cinecat.clip import Clip, Job, job_from_proto
-from cinecat.errors import CinecatError, JobCancelled, from_rpc
+from cinecat.errors import CinecatError, JobCancelled, ServerTimeout, from_rpc
 from cinecat.events import Finished, Progress, event_from_proto
 from cinecat.request import RequestArguments, build_request, list_request
 from cinecat.retry import CHANNEL_OPTIONS, DEFAULT_ADDRESS
 from cinecat.states import JobState
 from cinecat.tenant import Metadata, tenant_metadata
+from cinecat.timeline import HISTORY_S, Moment, moments_from
 from cinecat.transfer import Transfer, check_output, select_artifact
 from cinecat.upload import OnProgress, StyleArguments, StyleUpload
 from cinecat.v1 import generation_pb2, job_pb2, models_pb2, styles_pb2
@@ -109,6 +110,23 @@ class Client:
         """
         attachment = Attachment(patience_s=self._patience_s, job_id=job_id, after_sequence=after_sequence)
         return map(event_from_proto, self._follow(attachment))
+
+    def history(self, job_id: str) -> tuple[Moment, ...]:
+        """What a job went through up to now, in order: changes of state and the latest progress. Takes two seconds
+        where it still runs. `cinecat.timeline.timeline` lays it out.
+        """
+        stream = self._generation.Watch(
+            generation_pb2.WatchRequest(job_id=job_id), timeout=HISTORY_S, metadata=self._metadata
+        )
+        events: list[job_pb2.JobEvent] = []
+        try:
+            for event in stream:
+                events.append(event)  # noqa: PERF402 - those before an error count
+        except grpc.RpcError as error:
+            problem = from_rpc(error, job_id=job_id)
+            if not events or not isinstance(problem, ServerTimeout):
+                raise problem from error
+        return moments_from(events)
 
     def job(self, job_id: str) -> Job:
         return job_from_proto(self._get_job(job_id))

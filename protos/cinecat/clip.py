@@ -101,6 +101,7 @@ class Job:
     """An accepted request. `clip` is set once it has succeeded, `error` once it has failed; times are in UTC.
     `wait_reason` says why it waits when it is not for the jobs ahead of it. `priority` is "interactive" or "batch", ""
     where the server does not say; `previews` are the pictures that its events carry.
+    `trace_id` is of the OpenTelemetry trace that it is part of, in hexadecimal, "" where there is none.
     """
 
     job_id: str
@@ -119,6 +120,7 @@ class Job:
     wait_reason: str = ""
     priority: str = ""
     previews: Previews = field(default_factory=Previews)
+    trace_id: str = ""
     clip: Clip | None = None
     error: CinecatError | None = None
 
@@ -143,6 +145,7 @@ def job_from_proto(job: job_pb2.Job) -> Job:
         wait_reason=job.progress.wait_reason,
         priority=enum_name(job_pb2.Priority.DESCRIPTOR, "PRIORITY_", job.priority) if job.priority else "",
         previews=previews_from_proto(job.previews),
+        trace_id=_trace_id(job.traceparent),
         clip=clip_from_proto(job) if state is JobState.SUCCEEDED else None,
         error=job_error(job) if failed else None,
     )
@@ -176,6 +179,11 @@ def artifact_from_proto(artifact: job_pb2.Artifact) -> Artifact:
         size_bytes=artifact.size_bytes,
         sha256=artifact.sha256,
     )
+
+
+def _trace_id(traceparent: str) -> str:
+    fields = traceparent.split("-")
+    return fields[1] if len(fields) == 4 else ""
 
 
 def job_error(job: job_pb2.Job) -> CinecatError:

@@ -1,5 +1,6 @@
 """`cinecat jobs`: what the server does and did."""
 
+import dataclasses
 from datetime import datetime
 from itertools import islice
 from pathlib import Path
@@ -12,10 +13,14 @@ from cinecat.cli.generate import describe, follow
 from cinecat.cli.options import DEFAULT_ADDRESS, JobId, Json, Server, Tenant, connect
 from cinecat.clip import Job
 from cinecat.states import JobState
+from cinecat.timeline import Span, timeline
+
+_BAR = 32
+"""Cells of a bar that is as long as the job."""
 
 HEADER = ("JOB", "STATE", "PROGRESS", "PRIORITY", "CREATED", "SIZE", "FRAMES", "STYLE", "PROMPT")
 
-app = typer.Typer(help="List jobs; show, watch, cancel or download one.", rich_markup_mode=None)
+app = typer.Typer(help="List jobs; show, trace, watch, cancel or download one.", rich_markup_mode=None)
 
 # As people and ISO 8601 write them.
 _MOMENTS = ["%Y-%m-%d", "%Y-%m-%dT%H:%M", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%d %H:%M", "%Y-%m-%d %H:%M:%S"]
@@ -80,6 +85,26 @@ def watch(job_id: JobId, server: Server = DEFAULT_ADDRESS, tenant: Tenant = "", 
 
 
 @app.command()
+def trace(job_id: JobId, server: Server = DEFAULT_ADDRESS, tenant: Tenant = "", as_json: Json = False) -> None:
+    """Show where a job's time went. Takes some seconds for one that still runs."""
+    with connect(server, tenant) as client:
+        history = client.history(job_id)
+        job = client.job(job_id)
+    found = timeline(job, history)
+    if as_json:
+        fields = ("job_id", "status", "request_id", "trace_id", "create_time")
+        told = {name: value for name, value in out.job_json(job).items() if name in (*fields, "error")}
+        out.show_json({**told, **dataclasses.asdict(found)})
+        return
+    accepted = job.create_time.astimezone().isoformat(" ", "milliseconds") if job.create_time else "unknown"
+    out.show(f"{job_id}: {job.state}, {found.total_s:.3f} s" + ("" if job.state.is_final else " so far"))
+    out.show(f"accepted: {accepted}" + (f", trace {job.trace_id}" if job.trace_id else ""))
+    out.show_table(("STAGE", "START", "SECONDS", "", "NOTE"), [_span_row(span, found.total_s) for span in found.spans])
+    if job.error is not None and job.state is JobState.FAILED:
+        out.show(f"error: {job.error.code.name}: {job.error.message}")
+
+
+@app.command()
 def cancel(job_id: JobId, server: Server = DEFAULT_ADDRESS, tenant: Tenant = "", as_json: Json = False) -> None:
     """Ask a job to stop."""
     with connect(server, tenant) as client:
@@ -109,6 +134,14 @@ def download(
         out.show_json({"job_id": job_id, "status": "succeeded", "output": str(path), "size_bytes": size_bytes})
     else:
         out.show(f"{path}: {size_bytes:,} bytes")
+
+
+def _span_row(span: Span, total_s: float) -> tuple[object, ...]:
+    scale = _BAR / total_s if total_s else 0.0
+    before = min(_BAR - 1, int(span.start_s * scale))
+    bar = " " * before + "━" * max(1, min(_BAR - before, round(span.seconds * scale)))
+    name = f"  {span.name}" if span.part_of else span.name
+    return name, f"{span.start_s:.3f}", f"{span.seconds:.3f}", bar.ljust(_BAR), span.note
 
 
 def _row(job: Job) -> tuple[object, ...]:

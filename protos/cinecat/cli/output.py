@@ -104,6 +104,7 @@ def job_json(job: Job) -> dict[str, object]:
         "start_time": job.start_time,
         "end_time": job.end_time,
         "notes": job.notes,
+        "trace_id": job.trace_id,
     }
     value |= dataclasses.asdict(job.settings) | {"style": job.settings.style}
     if job.clip is not None:
