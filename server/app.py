@@ -19,7 +19,7 @@ import structlog
 from filelock import FileLock, Timeout
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry
 
 from cinecat.engines.messages import CoreConfig
 from cinecat.plugins.formats.registry import installed_formats
@@ -36,6 +36,10 @@ from cinecat.server.inputs import JobInputs
 from cinecat.server.jobs import Jobs
 from cinecat.server.metrics import Metrics
 from cinecat.server.models import describe_model
+from cinecat.server.page.app import Page
+from cinecat.server.page.keys import keys_of
+from cinecat.server.page.serving import listening
+from cinecat.server.page.status import Served
 from cinecat.server.patience import Patience
 from cinecat.server.policy import POLICIES
 from cinecat.server.render import CheckpointRule, Renderer
@@ -125,7 +129,11 @@ async def running(settings: Settings, hurry: asyncio.Event) -> AsyncIterator[Run
     metrics.build_info.labels(version("cinecat"), platform.python_version(), version("torch")).set(1)
     async with contextlib.AsyncExitStack() as stack:
         _check_is_free(settings.address)
-        metrics_port = stack.enter_context(_metrics_endpoint(settings, registry))
+        keys, drawn = keys_of(settings.page_keys, settings.metrics_host)
+        page = Page(registry, keys)
+        metrics_port = await stack.enter_async_context(listening(page, settings.metrics_host, settings.metrics_port))
+        address = f"http://{settings.metrics_host}:{metrics_port}/"
+        log.info("status page", url=f"{address}?key={drawn}" if drawn else address)
         folder = settings.data_dir.expanduser()
         stack.enter_context(_sole_use_of(folder))
         store = await asyncio.to_thread(_open_store, settings, folder)
@@ -160,6 +168,7 @@ async def running(settings: Settings, hurry: asyncio.Event) -> AsyncIterator[Run
                 metrics.style_slots_resident.set(0)
             await _set_health(health_servicer, alive)
             metrics.ready.set(alive)
+            page.ready = alive
 
         patience = Patience()
         rule = CheckpointRule(settings.checkpoint_steps, settings.checkpoint_seconds)
@@ -180,6 +189,7 @@ async def running(settings: Settings, hurry: asyncio.Event) -> AsyncIterator[Run
         styles = StylesService(catalogue, installer, inputs, core, metrics)
         styles_pb2_grpc.add_StylesServicer_to_server(styles, server)
         models_pb2_grpc.add_ModelsServicer_to_server(ModelsService(model), server)
+        page.served = Served(jobs, generation, styles, model, artifacts, metrics)
         port = _bind(server, settings.address)
         await server.start()
         worker = asyncio.create_task(scheduler.run())
@@ -193,22 +203,6 @@ async def running(settings: Settings, hurry: asyncio.Event) -> AsyncIterator[Run
             jobs.stop_watching()
             await server.stop(grace=5.0)
             log.info("stopped")
-
-
-@contextlib.contextmanager
-def _metrics_endpoint(settings: Settings, registry: CollectorRegistry) -> Iterator[int]:
-    """Serves the metrics from the start, with cinecat_ready 0; yields the port."""
-    try:
-        http, thread = start_http_server(settings.metrics_port, settings.metrics_host, registry)
-    except OSError as error:
-        where = f"{settings.metrics_host}:{settings.metrics_port}"
-        raise SettingsError(f"metrics_port: {where} cannot be listened on: {error.strerror}") from error
-    try:
-        yield http.server_port
-    finally:
-        http.shutdown()
-        http.server_close()
-        thread.join(5.0)
 
 
 def _check_is_free(address: str) -> None:

@@ -142,6 +142,11 @@ class ArtifactStore:
             file = self._fs.open(self._path(job_id, name), "rb")
         return self._read_on(file, offset, f"read {name} of job {job_id}")
 
+    def open_file(self, job_id: str, name: str) -> Any:
+        """Opens an artifact as a binary file that can be sought in. Raises ArtifactNotFoundError, ArtifactError."""
+        with _explained(f"read {name} of job {job_id}"):
+            return self._fs.open(self._path(job_id, name), "rb")
+
     def delete_job(self, job_id: str) -> None:
         """Removes everything that a job left behind; a job without artifacts is no error."""
         folder = self._folder(job_id)

@@ -136,6 +136,16 @@ class LiveJob:
         return latest.job if newer and latest is not None else last.job
 
     @property
+    def picture(self) -> pb.PreviewFrame | None:
+        """The newest picture of it: of the decoded frames the last, before those the middle of the last estimate."""
+        if self.frames:
+            return self.frames[-1].preview.frames[-1]
+        if self.shown is None:
+            return None
+        estimate = self.shown.preview.frames
+        return estimate[len(estimate) // 2]
+
+    @property
     def _end(self) -> float:
         """What is past this number is not known yet: a watcher who saw it would miss the transition before it."""
         return min(self.storing, default=math.inf)
@@ -244,13 +254,18 @@ class Jobs:
     def live(self, job_id: str) -> LiveJob | None:
         return self._live.get(job_id)
 
-    async def get(self, job_id: str) -> pb.Job:
-        """Raises RequestError for an unknown id."""
+    @property
+    def unfinished(self) -> list[LiveJob]:
+        """All that have not ended, in the order in which they were accepted or brought back."""
+        return list(self._live.values())
+
+    async def get(self, job_id: str, tenant: str | None = None) -> pb.Job:
+        """Raises RequestError for an unknown id; with a `tenant`, that of another's job is as unknown as any."""
         live = self._live.get(job_id)
-        if live is not None:
+        if live is not None and tenant in (None, live.tenant):
             return live.known
-        stored = await self._in_store(lambda: self._store.get(job_id))
-        if stored is None:
+        stored = None if live is not None else await self._in_store(lambda: self._store.get(job_id))
+        if stored is None or tenant not in (None, stored.tenant):
             raise unknown_job(job_id)
         return stored.job
 

@@ -28,7 +28,7 @@ def estimate(step: int, pictures: NDArray[np.uint8]) -> pb.Preview:
         pictures: uint8 [latent frames, h, w, 3], sRGB. The first is of the clip's frame 0; each later one stands for 4
             frames, and is told as the last of them.
     """
-    frames = [pb.PreviewFrame(index=i * VAE_TEMPORAL_STRIDE, webp=_webp(picture)) for i, picture in enumerate(pictures)]
+    frames = [pb.PreviewFrame(index=i * VAE_TEMPORAL_STRIDE, webp=webp(picture)) for i, picture in enumerate(pictures)]
     return pb.Preview(step=step, frames=frames)
 
 
@@ -39,10 +39,11 @@ def decoded(first: int, frames: NDArray[Any]) -> pb.Preview:
         first: index of the first of them in the clip.
         frames: [count, height, width, 3], sRGB; uint8, or floating point in [0, 1].
     """
-    return pb.Preview(frames=[pb.PreviewFrame(index=first + i, webp=_webp(frame)) for i, frame in enumerate(frames)])
+    return pb.Preview(frames=[pb.PreviewFrame(index=first + i, webp=webp(frame)) for i, frame in enumerate(frames)])
 
 
-def _webp(picture: NDArray[Any]) -> bytes:
+def webp(picture: NDArray[Any]) -> bytes:
+    """A WebP file of a picture [height, width, 3], sRGB, uint8 or floating point in [0, 1], of MAX_SIDE at most."""
     if picture.dtype != np.uint8:
         picture = (np.clip(picture, 0.0, 1.0) * 255.0).round().astype(np.uint8)
     image = Image.fromarray(picture)

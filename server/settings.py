@@ -25,7 +25,11 @@ _OTHER_VARIABLES = frozenset({"CINECAT_SERVER", "CINECAT_TENANT", "CINECAT_CONFI
 _SERVICE_LINKS = re.compile(r"CINECAT_(PORT|SERVICE)(_.*)?")
 
 
-_MAY_HOLD_PASSWORDS = frozenset({"database_url", "trace_endpoint"})
+_MAY_HOLD_PASSWORDS = frozenset({"database_url", "page_keys", "trace_endpoint"})
+
+TENANT_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+_PAGE_KEY = re.compile(r"[A-Za-z0-9._~-]{16,128}")
 
 
 class SettingsError(ValueError):
@@ -45,6 +49,16 @@ def clip_size(word: str) -> tuple[int, int, int]:
     return width, height, frames
 
 
+def page_key(word: str) -> tuple[str, str]:
+    """Key and tenant of a word such as "2x9T...=grading". Raises ValueError for another, and shows nothing of it."""
+    key, separator, tenant = word.partition("=")
+    if not separator or not _PAGE_KEY.fullmatch(key):
+        raise ValueError("one is not KEY=TENANT with a key of 16 to 128 of the characters A-Z a-z 0-9 . _ ~ -")
+    if tenant and not TENANT_NAME.fullmatch(tenant):
+        raise ValueError("a tenant is 1 to 64 of the characters A-Z a-z 0-9 . _ -, or empty for callers that name none")
+    return key, tenant
+
+
 Port = Annotated[int, Field(ge=0, le=65535)]
 
 
@@ -54,8 +68,14 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     address: str = Field("127.0.0.1:50051", description="host:port of the gRPC services; port 0 picks a free one")
-    metrics_host: str = Field("127.0.0.1", description="host of the Prometheus endpoint")
+    metrics_host: str = Field("127.0.0.1", description="host of the Prometheus endpoint and the status page")
     metrics_port: Port = Field(9464, description="port of the Prometheus endpoint; 0 picks a free one")
+    page_keys: tuple[str, ...] = Field(
+        (),
+        repr=False,
+        description="KEY=TENANT of those who may use the status page, ',' between them; none draws a key at the start "
+        "where metrics_host is this machine alone, and logs the link",
+    )
     ready_file: Path | None = Field(None, description="file to write {address, metrics_port} to once ready")
 
     model: str = Field("wan-tiny", description="wan-tiny, a folder in the diffusers layout, or a hub id")
@@ -171,7 +191,7 @@ class Settings(BaseModel):
     def _split_paths(cls, value: object) -> object:
         return tuple(part for part in value.split(os.pathsep) if part) if isinstance(value, str) else value
 
-    @field_validator("engine_sizes", "engine_options", mode="before")
+    @field_validator("engine_sizes", "engine_options", "page_keys", mode="before")
     @classmethod
     def _split_words(cls, value: object) -> object:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
@@ -182,6 +202,17 @@ class Settings(BaseModel):
         for word in value:
             clip_size(word)
         return value
+
+    @field_validator("page_keys")
+    @classmethod
+    def _are_page_keys(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if len({page_key(word)[0] for word in value}) < len(value):
+            raise ValueError("the same key is there twice; give each tenant its own")
+        return value
+
+    @field_serializer("page_keys")
+    def _without_keys(self, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(f"***={page_key(word)[1]}" for word in value)
 
     @field_validator("model_variant", mode="before")
     @classmethod

@@ -59,12 +59,14 @@ class JobFilter:
         states: one of these.
         from_us, before_us: created in this half-open span, in microseconds since 1970.
         style: the clip wears a style of this name, at any strength.
+        tenant: whose they are; None is everybody's, and an empty one is nobody's.
     """
 
     states: Sequence[int] = ()
     from_us: int | None = None
     before_us: int | None = None
     style: str = ""
+    tenant: str | None = None
 
 
 @dataclass(frozen=True)
@@ -187,6 +189,8 @@ class JobStore:
             query = query.where(JobRow.created_us >= wanted.from_us)
         if wanted.before_us is not None:
             query = query.where(JobRow.created_us < wanted.before_us)
+        if wanted.tenant is not None:
+            query = query.where(JobRow.tenant == wanted.tenant)
         if wanted.style:
             worn = select(JobStyleRow.job_id).where(JobStyleRow.name == wanted.style)
             query = query.where(JobRow.job_id.in_(worn))

@@ -55,13 +55,15 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
     async def Generate(  # noqa: N802
         self, request: generation_pb2.GenerateRequest, context: Context
     ) -> AsyncIterator[job_pb2.JobEvent]:
-        job = await self._accept(request, context, detached=False)
+        metadata = context.invocation_metadata()
+        job = await self.submit(request, tenant_of(metadata), traceparent_of(metadata), detached=False)
         async with aclosing(self._jobs.watch(job.job_id, 0)) as events:
             async for event in events:
                 yield event
 
     async def Submit(self, request: generation_pb2.SubmitRequest, context: Context) -> job_pb2.Job:  # noqa: N802
-        return await self._accept(request, context, detached=True)
+        metadata = context.invocation_metadata()
+        return await self.submit(request, tenant_of(metadata), traceparent_of(metadata), detached=True)
 
     async def Watch(  # noqa: N802
         self, request: generation_pb2.WatchRequest, context: Context
@@ -110,9 +112,13 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
                 yield generation_pb2.DownloadChunk(offset=offset, data=data, total_size_bytes=artifact.size_bytes)
                 offset += len(data)
 
-    async def _accept(self, request: Request, context: Context, *, detached: bool) -> job_pb2.Job:
-        """Turns a request into a persisted, queued job, or finds the one that it already became."""
-        clip, request_id, tenant = request.clip, request.request_id, tenant_of(context.invocation_metadata())
+    async def submit(self, request: Request, tenant: str, traceparent: str = "", *, detached: bool) -> job_pb2.Job:
+        """Turns a request into a persisted, queued job, or finds the one that it already became.
+
+        Raises:
+            RequestError: it is refused; the error names each field which is not allowed.
+        """
+        clip, request_id = request.clip, request.request_id
         if len(request_id) > _MAX_REQUEST_ID:
             allowed = f"has {len(request_id)} characters, at most {_MAX_REQUEST_ID} are allowed"
             raise invalid([Violation("request_id", allowed)])
@@ -136,7 +142,7 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
             notes=acceptable.notes,
             priority=request.priority or (job_pb2.PRIORITY_BATCH if detached else job_pb2.PRIORITY_INTERACTIVE),
             previews=request.previews,
-            traceparent=traceparent_of(context.invocation_metadata()),
+            traceparent=traceparent,
         )
         # A client that vanishes from here on leaves a job that is stored and queued, or none.
         return await asyncio.shield(asyncio.ensure_future(self._enqueue(job, request_hash, acceptable, tenant)))

@@ -60,6 +60,10 @@ class StylesService(styles_pb2_grpc.StylesServicer):
     async def ListStyles(  # noqa: N802
         self, request: styles_pb2.ListStylesRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> styles_pb2.ListStylesResponse:
+        return await self.page(request)
+
+    async def page(self, request: styles_pb2.ListStylesRequest) -> styles_pb2.ListStylesResponse:
+        """A page of the styles. Raises RequestError for what is no size or no token."""
         size = page_size(request.page_size)
         position = decode_token(request.page_token, int)
         start = 0 if position is None else int(position[0])

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from typing import Any
 
 from cinecat.server.errors import Violation, invalid
+from cinecat.server.settings import TENANT_NAME
 
 TENANT_KEY = "cinecat-tenant"
-
-_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 def tenant_of(metadata: Iterable[Any] | None) -> str:
@@ -18,7 +16,7 @@ def tenant_of(metadata: Iterable[Any] | None) -> str:
     named = [value for key, value in metadata or () if key == TENANT_KEY]
     if not named:
         return ""
-    if len(named) > 1 or not isinstance(named[0], str) or not _NAME.fullmatch(named[0]):
+    if len(named) > 1 or not isinstance(named[0], str) or not TENANT_NAME.fullmatch(named[0]):
         allowed = "names one tenant, by 1 to 64 of the characters A-Z a-z 0-9 . _ -"
         raise invalid([Violation(TENANT_KEY, allowed)])
     return named[0]

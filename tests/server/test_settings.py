@@ -18,6 +18,7 @@ TYPED = {
     "address": "0.0.0.0:50052",
     "metrics_host": "0.0.0.0",
     "metrics_port": "9465",
+    "page_keys": "0123456789abcdef=grading",
     "ready_file": "ready.json",
     "model": "Wan-AI/some-model",
     "model_variant": "four-steps.safetensors",
@@ -58,7 +59,7 @@ TYPED = {
     "log_format": "json",
     "log_level": "debug",
 }
-LISTS = ("styles_dirs", "engine_sizes", "engine_options")
+LISTS = ("styles_dirs", "engine_sizes", "engine_options", "page_keys")
 PRINTED = {name: value for name, value in TYPED.items() if name not in LISTS}
 
 
@@ -180,6 +181,7 @@ def test_every_setting_is_a_flag_of_serve() -> None:
     shown = json.loads(result.stdout)
     assert shown.pop("styles_dirs") == ["styles"]
     assert shown.pop("engine_options") == ["version_compatible", "ampere_plus"]
+    assert shown.pop("page_keys") == ["***=grading"]
     assert shown.pop("engine_sizes") == ["832x480x81", "1280x720x81"]
     assert {name: f"{value}" for name, value in shown.items()} == PRINTED
 

@@ -1,0 +1,1 @@
+"""What the metrics port serves: metrics for Prometheus, and a page for people."""
