@@ -194,10 +194,13 @@ class Step:
     Attributes:
         job_ids: one, or several whose coming steps have one StepShape.
         previews: those of them whose clean prediction is wanted as pictures.
+        profile: of the file that gets a recording of the step, as `profiling.recorded` makes it; empty for none. A
+            recording that cannot be written is a note in the log.
     """
 
     job_ids: tuple[str, ...]
     previews: frozenset[str] = frozenset()
+    profile: str = ""
 
 
 @dataclass(frozen=True)

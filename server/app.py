@@ -42,6 +42,7 @@ from cinecat.server.page.serving import listening
 from cinecat.server.page.status import Served
 from cinecat.server.patience import Patience
 from cinecat.server.policy import POLICIES
+from cinecat.server.profiles import Profiles, open_profiles
 from cinecat.server.render import CheckpointRule, Renderer
 from cinecat.server.retention import Retention
 from cinecat.server.scheduler import Scheduler
@@ -170,10 +171,11 @@ async def running(settings: Settings, hurry: asyncio.Event) -> AsyncIterator[Run
             metrics.ready.set(alive)
             page.ready = alive
 
+        profile_dir = await asyncio.to_thread(open_profiles, settings.profile_dir)
         patience = Patience()
         rule = CheckpointRule(settings.checkpoint_steps, settings.checkpoint_seconds)
         renderer = Renderer(
-            core, model, jobs, catalogue, inputs, artifacts, checkpoints, rule, metrics, costs, patience
+            core, model, jobs, catalogue, inputs, artifacts, checkpoints, rule, metrics, costs, patience, profile_dir
         )
         limits = Limits(settings.max_queue, settings.max_batch, info.state_bytes)
         backlog = Backlog(jobs, costs, limits, metrics)
@@ -184,7 +186,7 @@ async def running(settings: Settings, hurry: asyncio.Event) -> AsyncIterator[Run
         retention = Retention(jobs, artifacts, settings.retain_days, settings.retain_gib, metrics)
         keeper = asyncio.create_task(retention.run())
         stack.push_async_callback(_cancelled, keeper)
-        generation = GenerationService(jobs, scheduler, model, catalogue, artifacts)
+        generation = GenerationService(jobs, scheduler, model, catalogue, artifacts, Profiles(jobs, profile_dir))
         generation_pb2_grpc.add_GenerationServicer_to_server(generation, server)
         styles = StylesService(catalogue, installer, inputs, core, metrics)
         styles_pb2_grpc.add_StylesServicer_to_server(styles, server)

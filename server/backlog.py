@@ -216,10 +216,11 @@ class Backlog:
         return [entry for entry in self._entries.values() if not entry.rendering.live.ended]
 
     def _task(self, entry: _Entry) -> Task:
-        rendering, job = entry.rendering, entry.rendering.live.job
+        rendering, live = entry.rendering, entry.rendering.live
+        job = live.job
         return Task(
             job_id=job.job_id,
-            tenant=rendering.live.tenant,
+            tenant=live.tenant,
             interactive=_interactive(job),
             deadline=entry.deadline,
             arrival=entry.arrival,
@@ -230,7 +231,7 @@ class Backlog:
             begin_seconds=self._costs.seconds("condition", pixel_frames(job.clip)) or 0.0,
             state_bytes=rendering.state_bytes or round(self._bytes_per_pixel * pixel_frames(job.clip)),
             wears_style=entry.wears_style,
-            alone=rendering.alone,
+            alone=rendering.alone or live.profile_steps > 0,
             evictable=rendering.can_be_saved and rendering.steps_in_core >= _STEPS_BEFORE_EVICTION,
         )
 

@@ -81,6 +81,8 @@ class LiveJob:
         turn: of its transitions, which are stored one at a time.
         storing: sequence numbers of transitions that are being stored.
         waking: the coming end of its watchers' wait for progress.
+        profile_steps: how many of its coming steps are to be recorded.
+        profiles: files of those that were, by step.
         stop_requested: somebody cancelled it, and it has not stopped yet.
     """
 
@@ -101,6 +103,8 @@ class LiveJob:
     waking: asyncio.TimerHandle | None = None
     watchers: int = 0
     grace: asyncio.TimerHandle | None = None
+    profile_steps: int = 0
+    profiles: dict[int, str] = field(default_factory=dict)
     stop_requested: bool = False
 
     def excuse(self) -> None:

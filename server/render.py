@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -46,6 +47,7 @@ from cinecat.server.metrics import Metrics
 from cinecat.server.models import token_grid
 from cinecat.server.patience import Patience
 from cinecat.server.policy import Phase
+from cinecat.server.profiles import next_profile, note_profile
 from cinecat.server.styles import StyleCatalogue
 from cinecat.v1 import clip_pb2, models_pb2
 from cinecat.v1 import job_pb2 as pb
@@ -107,6 +109,7 @@ class Renderer:
     metrics: Metrics
     costs: Costs
     patience: Patience
+    profile_dir: Path | None = None
 
     def take(self, live: LiveJob) -> Rendering:
         """What takes a queued job through the core."""
@@ -123,8 +126,13 @@ class Renderer:
         for rendering in renderings:
             await rendering.denoising()
         wanted = frozenset(each.live.job_id for each in renderings if each.wants_preview)
-        stepped = await self.core.call(Step(tuple(each.live.job_id for each in renderings), wanted), Stepped)
-        self.costs.observe_step(shape, sum(each.rows for each in renderings), stepped.seconds)
+        ids = tuple(each.live.job_id for each in renderings)
+        path = next_profile(self.profile_dir, renderings[0].live) if len(renderings) == 1 else ""
+        stepped = await self.core.call(Step(ids, wanted, path), Stepped)
+        if path:
+            await asyncio.to_thread(note_profile, renderings[0].live, path)
+        else:
+            self.costs.observe_step(shape, sum(each.rows for each in renderings), stepped.seconds)
         self.metrics.stepped([each.live.job.clip for each in renderings], shape, stepped.seconds)
         return stepped
 

@@ -178,6 +178,9 @@ class Settings(BaseModel):
         60.0, ge=0, le=86_400, description="how long an attached job outlives its last watcher"
     )
     drain_seconds: float = Field(30.0, ge=0, le=86_400, description="how long a shutdown waits for the running job")
+    profile_dir: Path | None = Field(
+        None, description="folder for what cinecat jobs profile records of steps; none refuses to record any"
+    )
     trace_endpoint: str = Field(
         "",
         description="OTLP collector that gets a trace of every job, e.g. http://127.0.0.1:4318/v1/traces; its "
@@ -214,7 +217,7 @@ class Settings(BaseModel):
     def _without_keys(self, value: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(f"***={page_key(word)[1]}" for word in value)
 
-    @field_validator("model_variant", mode="before")
+    @field_validator("model_variant", "profile_dir", mode="before")
     @classmethod
     def _none_when_empty(cls, value: object) -> object:
         return None if value == "" else value

@@ -23,7 +23,7 @@ from cinecat.catalog import (
     style_from_proto,
     style_list,
 )
-from cinecat.clip import Clip, Job, job_from_proto
+from cinecat.clip import Clip, Job, ProfiledStep, job_from_proto
 from cinecat.errors import CinecatError, JobCancelled, ServerTimeout, from_rpc
 from cinecat.events import Finished, Progress, event_from_proto
 from cinecat.request import RequestArguments, build_request, list_request
@@ -152,6 +152,19 @@ class AsyncClient:
         """Asks a job to stop. The job that comes back may still be stopping, or may have ended before."""
         request = generation_pb2.CancelJobRequest(job_id=job_id)
         return job_from_proto(await self._call(self._generation.CancelJob, request, job_id=job_id))
+
+    async def profile(self, job_id: str, steps: int = 1) -> AsyncIterator[ProfiledStep]:
+        """As `Client.profile`."""
+        stream = self._generation.ProfileJob(
+            generation_pb2.ProfileJobRequest(job_id=job_id, steps=steps), metadata=self._metadata
+        )
+        try:
+            async for recorded in stream:
+                yield ProfiledStep(recorded.step, recorded.path)
+        except grpc.RpcError as error:
+            raise from_rpc(error, job_id=job_id) from error
+        finally:
+            stream.cancel()
 
     @overload
     async def download(self, job_id: str, output: None = None, artifact: str = "") -> bytes: ...

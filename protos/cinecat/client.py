@@ -22,7 +22,7 @@ from cinecat.catalog import (
     style_from_proto,
     style_list,
 )
-from cinecat.clip import Clip, Job, job_from_proto
+from cinecat.clip import Clip, Job, ProfiledStep, job_from_proto
 from cinecat.errors import CinecatError, JobCancelled, ServerTimeout, from_rpc
 from cinecat.events import Finished, Progress, event_from_proto
 from cinecat.request import RequestArguments, build_request, list_request
@@ -156,6 +156,21 @@ class Client:
         """Asks a job to stop. The job that comes back may still be stopping, or may have ended before."""
         request = generation_pb2.CancelJobRequest(job_id=job_id)
         return job_from_proto(self._call(self._generation.CancelJob, request, job_id=job_id))
+
+    def profile(self, job_id: str, steps: int = 1) -> Iterator[ProfiledStep]:
+        """Has the coming steps of a job recorded by torch's profiler, for operators: the server's setting profile_dir
+        allows it. They come as they are recorded, fewer where the job ends before.
+        """
+        stream = self._generation.ProfileJob(
+            generation_pb2.ProfileJobRequest(job_id=job_id, steps=steps), metadata=self._metadata
+        )
+        try:
+            for recorded in stream:
+                yield ProfiledStep(recorded.step, recorded.path)
+        except grpc.RpcError as error:
+            raise from_rpc(error, job_id=job_id) from error
+        finally:
+            stream.cancel()  # type: ignore[no-untyped-call]
 
     @overload
     def download(self, job_id: str, output: None = None, artifact: str = "") -> bytes: ...

@@ -23,6 +23,14 @@ FORMATS = {
 
 
 @dataclass(frozen=True)
+class ProfiledStep:
+    """A denoising step that was recorded, counted from 1, and the file on the server's machine."""
+
+    step: int
+    path: str
+
+
+@dataclass(frozen=True)
 class Artifact:
     """A file that a job wrote. `format` is "mp4" or "frames_f32"; `sha256` is of the whole file, in
     hexadecimal.

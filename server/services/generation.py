@@ -17,6 +17,7 @@ from cinecat.server.artifacts import ArtifactStore
 from cinecat.server.errors import RequestError, Violation, invalid
 from cinecat.server.jobs import Jobs
 from cinecat.server.lifecycle import state_name
+from cinecat.server.profiles import Profiles
 from cinecat.server.request_options import check_previews, check_priority
 from cinecat.server.scheduler import Scheduler
 from cinecat.server.services.listing import job_filter
@@ -43,12 +44,14 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
         model: models_pb2.Model,
         catalogue: StyleCatalogue,
         artifacts: ArtifactStore,
+        profiles: Profiles,
     ) -> None:
         self._jobs = jobs
         self._scheduler = scheduler
         self._model = model
         self._catalogue = catalogue
         self._artifacts = artifacts
+        self._profiles = profiles
         # Its own threads: images that are slow to decode must not keep accepted jobs from theirs.
         self._checkers = ThreadPoolExecutor(2, thread_name_prefix="check")
 
@@ -93,6 +96,13 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
 
     async def CancelJob(self, request: generation_pb2.CancelJobRequest, context: Context) -> job_pb2.Job:  # noqa: N802
         return await self._jobs.cancel(request.job_id)
+
+    async def ProfileJob(  # noqa: N802
+        self, request: generation_pb2.ProfileJobRequest, context: Context
+    ) -> AsyncIterator[generation_pb2.ProfiledStep]:
+        async with aclosing(self._profiles.record(request.job_id, request.steps)) as steps:
+            async for step in steps:
+                yield step
 
     async def Download(  # noqa: N802
         self, request: generation_pb2.DownloadRequest, context: Context

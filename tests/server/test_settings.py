@@ -55,6 +55,7 @@ TYPED = {
     "max_image_megapixels": "12",
     "grace_seconds": "1.5",
     "drain_seconds": "2.5",
+    "profile_dir": "profiles",
     "trace_endpoint": "http://127.0.0.1:4318/v1/traces",
     "log_format": "json",
     "log_level": "debug",

@@ -118,6 +118,30 @@ def cancel(job_id: JobId, server: Server = DEFAULT_ADDRESS, tenant: Tenant = "",
 
 
 @app.command()
+def profile(
+    job_id: JobId,
+    steps: Annotated[int, typer.Option(min=1, max=20, help="How many of its coming steps.")] = 1,
+    server: Server = DEFAULT_ADDRESS,
+    tenant: Tenant = "",
+    as_json: Json = False,
+) -> None:
+    """Record coming steps of a job with torch's profiler, for operators (setting profile_dir).
+
+    The paths are of the server's machine; the files open in Perfetto.
+    """
+    found = []
+    with connect(server, tenant) as client:
+        for recorded in client.profile(job_id, steps):
+            found.append({"step": recorded.step, "path": recorded.path})
+            if not as_json:
+                out.show(f"step {recorded.step}: {recorded.path}")
+    if as_json:
+        out.show_json(found)
+    elif len(found) < steps:
+        out.show(f"{len(found)} of {steps} steps were recorded; the job ended, or a file could not be written")
+
+
+@app.command()
 def download(
     job_id: JobId,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Where to save it.")],

@@ -27,7 +27,7 @@ from cinecat.v1 import job_pb2 as cinecat_dot_v1_dot_job__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x63inecat/v1/generation.proto\x12\ncinecat.v1\x1a\x15\x63inecat/v1/clip.proto\x1a\x14\x63inecat/v1/job.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x99\x01\n\x0fGenerateRequest\x12\"\n\x04\x63lip\x18\x01 \x01(\x0b\x32\x14.cinecat.v1.ClipSpec\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12&\n\x08priority\x18\x03 \x01(\x0e\x32\x14.cinecat.v1.Priority\x12&\n\x08previews\x18\x04 \x01(\x0b\x32\x14.cinecat.v1.Previews\"\x97\x01\n\rSubmitRequest\x12\"\n\x04\x63lip\x18\x01 \x01(\x0b\x32\x14.cinecat.v1.ClipSpec\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12&\n\x08priority\x18\x03 \x01(\x0e\x32\x14.cinecat.v1.Priority\x12&\n\x08previews\x18\x04 \x01(\x0b\x32\x14.cinecat.v1.Previews\"6\n\x0cWatchRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x16\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x03\"\x1f\n\rGetJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"\xd4\x01\n\x0fListJobsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12$\n\x06states\x18\x03 \x03(\x0e\x32\x14.cinecat.v1.JobState\x12\x31\n\rcreated_after\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x32\n\x0e\x63reated_before\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05style\x18\x06 \x01(\t\"J\n\x10ListJobsResponse\x12\x1d\n\x04jobs\x18\x01 \x03(\x0b\x32\x0f.cinecat.v1.Job\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\"\n\x10\x43\x61ncelJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"C\n\x0f\x44ownloadRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x10\n\x08\x61rtifact\x18\x02 \x01(\t\x12\x0e\n\x06offset\x18\x03 \x01(\x03\"G\n\rDownloadChunk\x12\x0e\n\x06offset\x18\x01 \x01(\x03\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\x18\n\x10total_size_bytes\x18\x03 \x01(\x03\x32\xbd\x03\n\nGeneration\x12?\n\x08Generate\x12\x1b.cinecat.v1.GenerateRequest\x1a\x14.cinecat.v1.JobEvent0\x01\x12\x34\n\x06Submit\x12\x19.cinecat.v1.SubmitRequest\x1a\x0f.cinecat.v1.Job\x12\x39\n\x05Watch\x12\x18.cinecat.v1.WatchRequest\x1a\x14.cinecat.v1.JobEvent0\x01\x12\x34\n\x06GetJob\x12\x19.cinecat.v1.GetJobRequest\x1a\x0f.cinecat.v1.Job\x12\x45\n\x08ListJobs\x12\x1b.cinecat.v1.ListJobsRequest\x1a\x1c.cinecat.v1.ListJobsResponse\x12:\n\tCancelJob\x12\x1c.cinecat.v1.CancelJobRequest\x1a\x0f.cinecat.v1.Job\x12\x44\n\x08\x44ownload\x12\x1b.cinecat.v1.DownloadRequest\x1a\x19.cinecat.v1.DownloadChunk0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x63inecat/v1/generation.proto\x12\ncinecat.v1\x1a\x15\x63inecat/v1/clip.proto\x1a\x14\x63inecat/v1/job.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x99\x01\n\x0fGenerateRequest\x12\"\n\x04\x63lip\x18\x01 \x01(\x0b\x32\x14.cinecat.v1.ClipSpec\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12&\n\x08priority\x18\x03 \x01(\x0e\x32\x14.cinecat.v1.Priority\x12&\n\x08previews\x18\x04 \x01(\x0b\x32\x14.cinecat.v1.Previews\"\x97\x01\n\rSubmitRequest\x12\"\n\x04\x63lip\x18\x01 \x01(\x0b\x32\x14.cinecat.v1.ClipSpec\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12&\n\x08priority\x18\x03 \x01(\x0e\x32\x14.cinecat.v1.Priority\x12&\n\x08previews\x18\x04 \x01(\x0b\x32\x14.cinecat.v1.Previews\"2\n\x11ProfileJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\r\n\x05steps\x18\x02 \x01(\x05\"*\n\x0cProfiledStep\x12\x0c\n\x04step\x18\x01 \x01(\x05\x12\x0c\n\x04path\x18\x02 \x01(\t\"6\n\x0cWatchRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x16\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x03\"\x1f\n\rGetJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"\xd4\x01\n\x0fListJobsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12$\n\x06states\x18\x03 \x03(\x0e\x32\x14.cinecat.v1.JobState\x12\x31\n\rcreated_after\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x32\n\x0e\x63reated_before\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05style\x18\x06 \x01(\t\"J\n\x10ListJobsResponse\x12\x1d\n\x04jobs\x18\x01 \x03(\x0b\x32\x0f.cinecat.v1.Job\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\"\n\x10\x43\x61ncelJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"C\n\x0f\x44ownloadRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x10\n\x08\x61rtifact\x18\x02 \x01(\t\x12\x0e\n\x06offset\x18\x03 \x01(\x03\"G\n\rDownloadChunk\x12\x0e\n\x06offset\x18\x01 \x01(\x03\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\x18\n\x10total_size_bytes\x18\x03 \x01(\x03\x32\x86\x04\n\nGeneration\x12?\n\x08Generate\x12\x1b.cinecat.v1.GenerateRequest\x1a\x14.cinecat.v1.JobEvent0\x01\x12\x34\n\x06Submit\x12\x19.cinecat.v1.SubmitRequest\x1a\x0f.cinecat.v1.Job\x12\x39\n\x05Watch\x12\x18.cinecat.v1.WatchRequest\x1a\x14.cinecat.v1.JobEvent0\x01\x12\x34\n\x06GetJob\x12\x19.cinecat.v1.GetJobRequest\x1a\x0f.cinecat.v1.Job\x12\x45\n\x08ListJobs\x12\x1b.cinecat.v1.ListJobsRequest\x1a\x1c.cinecat.v1.ListJobsResponse\x12:\n\tCancelJob\x12\x1c.cinecat.v1.CancelJobRequest\x1a\x0f.cinecat.v1.Job\x12G\n\nProfileJob\x12\x1d.cinecat.v1.ProfileJobRequest\x1a\x18.cinecat.v1.ProfiledStep0\x01\x12\x44\n\x08\x44ownload\x12\x1b.cinecat.v1.DownloadRequest\x1a\x19.cinecat.v1.DownloadChunk0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,20 +38,24 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GENERATEREQUEST']._serialized_end=275
   _globals['_SUBMITREQUEST']._serialized_start=278
   _globals['_SUBMITREQUEST']._serialized_end=429
-  _globals['_WATCHREQUEST']._serialized_start=431
-  _globals['_WATCHREQUEST']._serialized_end=485
-  _globals['_GETJOBREQUEST']._serialized_start=487
-  _globals['_GETJOBREQUEST']._serialized_end=518
-  _globals['_LISTJOBSREQUEST']._serialized_start=521
-  _globals['_LISTJOBSREQUEST']._serialized_end=733
-  _globals['_LISTJOBSRESPONSE']._serialized_start=735
-  _globals['_LISTJOBSRESPONSE']._serialized_end=809
-  _globals['_CANCELJOBREQUEST']._serialized_start=811
-  _globals['_CANCELJOBREQUEST']._serialized_end=845
-  _globals['_DOWNLOADREQUEST']._serialized_start=847
-  _globals['_DOWNLOADREQUEST']._serialized_end=914
-  _globals['_DOWNLOADCHUNK']._serialized_start=916
-  _globals['_DOWNLOADCHUNK']._serialized_end=987
-  _globals['_GENERATION']._serialized_start=990
-  _globals['_GENERATION']._serialized_end=1435
+  _globals['_PROFILEJOBREQUEST']._serialized_start=431
+  _globals['_PROFILEJOBREQUEST']._serialized_end=481
+  _globals['_PROFILEDSTEP']._serialized_start=483
+  _globals['_PROFILEDSTEP']._serialized_end=525
+  _globals['_WATCHREQUEST']._serialized_start=527
+  _globals['_WATCHREQUEST']._serialized_end=581
+  _globals['_GETJOBREQUEST']._serialized_start=583
+  _globals['_GETJOBREQUEST']._serialized_end=614
+  _globals['_LISTJOBSREQUEST']._serialized_start=617
+  _globals['_LISTJOBSREQUEST']._serialized_end=829
+  _globals['_LISTJOBSRESPONSE']._serialized_start=831
+  _globals['_LISTJOBSRESPONSE']._serialized_end=905
+  _globals['_CANCELJOBREQUEST']._serialized_start=907
+  _globals['_CANCELJOBREQUEST']._serialized_end=941
+  _globals['_DOWNLOADREQUEST']._serialized_start=943
+  _globals['_DOWNLOADREQUEST']._serialized_end=1010
+  _globals['_DOWNLOADCHUNK']._serialized_start=1012
+  _globals['_DOWNLOADCHUNK']._serialized_end=1083
+  _globals['_GENERATION']._serialized_start=1086
+  _globals['_GENERATION']._serialized_end=1604
 # @@protoc_insertion_point(module_scope)

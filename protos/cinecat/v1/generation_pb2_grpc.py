@@ -70,6 +70,11 @@ class GenerationStub:
                 request_serializer=cinecat_dot_v1_dot_generation__pb2.CancelJobRequest.SerializeToString,
                 response_deserializer=cinecat_dot_v1_dot_job__pb2.Job.FromString,
                 _registered_method=True)
+        self.ProfileJob = channel.unary_stream(
+                '/cinecat.v1.Generation/ProfileJob',
+                request_serializer=cinecat_dot_v1_dot_generation__pb2.ProfileJobRequest.SerializeToString,
+                response_deserializer=cinecat_dot_v1_dot_generation__pb2.ProfiledStep.FromString,
+                _registered_method=True)
         self.Download = channel.unary_stream(
                 '/cinecat.v1.Generation/Download',
                 request_serializer=cinecat_dot_v1_dot_generation__pb2.DownloadRequest.SerializeToString,
@@ -128,6 +133,14 @@ class GenerationServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ProfileJob(self, request, context):
+        """Has the coming steps of a job recorded by torch's profiler, each alone, into files of the server's machine; for its
+        operators, who allow it by the setting profile_dir. Ends after the last of them, or when the job has.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Download(self, request, context):
         """Streams an artifact from `offset` on. A download that broke off is resumed from the bytes already received.
         """
@@ -167,6 +180,11 @@ def add_GenerationServicer_to_server(servicer, server):
                     servicer.CancelJob,
                     request_deserializer=cinecat_dot_v1_dot_generation__pb2.CancelJobRequest.FromString,
                     response_serializer=cinecat_dot_v1_dot_job__pb2.Job.SerializeToString,
+            ),
+            'ProfileJob': grpc.unary_stream_rpc_method_handler(
+                    servicer.ProfileJob,
+                    request_deserializer=cinecat_dot_v1_dot_generation__pb2.ProfileJobRequest.FromString,
+                    response_serializer=cinecat_dot_v1_dot_generation__pb2.ProfiledStep.SerializeToString,
             ),
             'Download': grpc.unary_stream_rpc_method_handler(
                     servicer.Download,
@@ -341,6 +359,33 @@ class Generation:
             '/cinecat.v1.Generation/CancelJob',
             cinecat_dot_v1_dot_generation__pb2.CancelJobRequest.SerializeToString,
             cinecat_dot_v1_dot_job__pb2.Job.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ProfileJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cinecat.v1.Generation/ProfileJob',
+            cinecat_dot_v1_dot_generation__pb2.ProfileJobRequest.SerializeToString,
+            cinecat_dot_v1_dot_generation__pb2.ProfiledStep.FromString,
             options,
             channel_credentials,
             insecure,

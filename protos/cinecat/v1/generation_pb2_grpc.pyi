@@ -54,6 +54,10 @@ class GenerationStub:
     """Asks a job to stop and returns it; the state is CANCELLED once the work has stopped. A job that has already ended
     is returned as it is.
     """
+    ProfileJob: _grpc.UnaryStreamMultiCallable[_generation_pb2.ProfileJobRequest, _generation_pb2.ProfiledStep]
+    """Has the coming steps of a job recorded by torch's profiler, each alone, into files of the server's machine; for its
+    operators, who allow it by the setting profile_dir. Ends after the last of them, or when the job has.
+    """
     Download: _grpc.UnaryStreamMultiCallable[_generation_pb2.DownloadRequest, _generation_pb2.DownloadChunk]
     """Streams an artifact from `offset` on. A download that broke off is resumed from the bytes already received."""
 
@@ -81,6 +85,10 @@ class GenerationAsyncStub(GenerationStub):
     CancelJob: _aio.UnaryUnaryMultiCallable[_generation_pb2.CancelJobRequest, _job_pb2.Job]  # type: ignore[assignment]
     """Asks a job to stop and returns it; the state is CANCELLED once the work has stopped. A job that has already ended
     is returned as it is.
+    """
+    ProfileJob: _aio.UnaryStreamMultiCallable[_generation_pb2.ProfileJobRequest, _generation_pb2.ProfiledStep]  # type: ignore[assignment]
+    """Has the coming steps of a job recorded by torch's profiler, each alone, into files of the server's machine; for its
+    operators, who allow it by the setting profile_dir. Ends after the last of them, or when the job has.
     """
     Download: _aio.UnaryStreamMultiCallable[_generation_pb2.DownloadRequest, _generation_pb2.DownloadChunk]  # type: ignore[assignment]
     """Streams an artifact from `offset` on. A download that broke off is resumed from the bytes already received."""
@@ -142,6 +150,16 @@ class GenerationServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_job_pb2.Job, _abc.Awaitable[_job_pb2.Job]]:
         """Asks a job to stop and returns it; the state is CANCELLED once the work has stopped. A job that has already ended
         is returned as it is.
+        """
+
+    @_abc_1.abstractmethod
+    def ProfileJob(
+        self,
+        request: _generation_pb2.ProfileJobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_generation_pb2.ProfiledStep], _abc.AsyncIterator[_generation_pb2.ProfiledStep]]:
+        """Has the coming steps of a job recorded by torch's profiler, each alone, into files of the server's machine; for its
+        operators, who allow it by the setting profile_dir. Ends after the last of them, or when the job has.
         """
 
     @_abc_1.abstractmethod
