@@ -147,7 +147,7 @@ class Page:
         body = await _json(request, limit)
         try:
             asked = ParseDict(body, generation_pb2.SubmitRequest())
-        except ParseError as error:
+        except (ParseError, RecursionError) as error:
             raise invalid([Violation("request", f"is no SubmitRequest: {error}")]) from error
         job = await served.generation.submit(asked, viewer.tenant, detached=True)
         return JSONResponse(as_json(job), status_code=201)
@@ -274,7 +274,7 @@ async def _json(request: Request, limit: int) -> dict[str, Any]:
             raise invalid([Violation("request", f"is larger than {limit} bytes; send a smaller image")])
     try:
         found = json.loads(body)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise invalid([Violation("request", f"is not JSON: {error}")]) from error
     if not isinstance(found, dict):
         raise invalid([Violation("request", "is not a JSON object")])

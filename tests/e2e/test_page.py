@@ -187,6 +187,7 @@ def test_another_sites_page_cannot_act(nobody: Visitor, photograph: Path) -> Non
         (b"{", "request"),
         (b"[]", "request"),
         (b"\xff", "request"),
+        (b'{"clip": ' + b"[" * 100_000, "request"),
         ({"clip": {"unknown": 1}}, "request"),
         ({"clip": {"image": "!!!"}}, "clip.image"),
         ({"clip": {"prompt": "a cat"}}, "clip.image"),

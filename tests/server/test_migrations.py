@@ -108,7 +108,7 @@ def test_the_migrations_lead_to_the_tables(kind: str, tmp_path: Path, request: p
         running: Cluster = request.getfixturevalue("postgresql")
         place = running.new_database()
     store = JobStore(place)
-    with store._engine.connect() as connection:
+    with store._engines[0].connect() as connection:
         assert compare_metadata(MigrationContext.configure(connection), Base.metadata) == []
     store.close()
 
