@@ -9,8 +9,9 @@ import grpc
 import structlog
 
 from cinecat.server.errors import RequestError, Violation, invalid
-from cinecat.server.jobs import Jobs, LiveJob
+from cinecat.server.jobs import Jobs
 from cinecat.server.lifecycle import state_name
+from cinecat.server.live_job import LiveJob
 from cinecat.server.settings import SettingsError
 from cinecat.v1 import generation_pb2
 

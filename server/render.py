@@ -42,7 +42,8 @@ from cinecat.server.clip_files import ClipFiles, frame_dtype
 from cinecat.server.core_process import CoreProcess, FrameBuffer, tell
 from cinecat.server.costs import Costs, pixel_frames, rows_of
 from cinecat.server.inputs import JobInputs
-from cinecat.server.jobs import Jobs, LiveJob, StepRecord
+from cinecat.server.jobs import Jobs
+from cinecat.server.live_job import LiveJob, StepRecord
 from cinecat.server.metrics import Metrics
 from cinecat.server.models import token_grid
 from cinecat.server.patience import Patience

@@ -17,7 +17,8 @@ from cinecat.server.backlog import Backlog
 from cinecat.server.circuit import Circuit
 from cinecat.server.core_process import CoreProcess, succeeded
 from cinecat.server.errors import RequestError, ShuttingDown, explain, status_of
-from cinecat.server.jobs import Jobs, LiveJob
+from cinecat.server.jobs import Jobs
+from cinecat.server.live_job import LiveJob
 from cinecat.server.metrics import Metrics
 from cinecat.server.patience import NotStored, Patience
 from cinecat.server.policy import Advance, Begin, Decision, DecodeChunk, Evict, Policy

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import structlog
 from google.rpc import code_pb2
 
-from cinecat.server.jobs import LiveJob
 from cinecat.server.lifecycle import state_name
+from cinecat.server.live_job import LiveJob
 from cinecat.server.metrics import priority_name, tokenization_name
 from cinecat.server.settings import SettingsError
 from cinecat.v1 import job_pb2 as pb

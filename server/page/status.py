@@ -13,8 +13,9 @@ from google.protobuf.message import Message
 from prometheus_client import Counter, Histogram
 
 from cinecat.server.artifacts import ArtifactStore
-from cinecat.server.jobs import Jobs, LiveJob
+from cinecat.server.jobs import Jobs
 from cinecat.server.lifecycle import FINAL_STATES
+from cinecat.server.live_job import LiveJob
 from cinecat.server.metrics import PRIORITIES, Metrics, priority_name
 from cinecat.server.page.keys import Viewer
 from cinecat.server.services.generation import GenerationService

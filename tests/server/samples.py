@@ -16,7 +16,8 @@ from cinecat.engines.messages import ModelInfo
 from cinecat.plugins.registry import BUNDLED, StyleRegistry
 from cinecat.server.checkpoints import Checkpoints
 from cinecat.server.inputs import JobInputs
-from cinecat.server.jobs import Jobs, LiveJob
+from cinecat.server.jobs import Jobs
+from cinecat.server.live_job import LiveJob
 from cinecat.server.metrics import Metrics
 from cinecat.server.models import describe_model
 from cinecat.server.settings import Settings

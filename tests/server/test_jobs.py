@@ -10,7 +10,8 @@ import grpc
 import pytest
 
 from cinecat.server.errors import RequestError, ShuttingDown
-from cinecat.server.jobs import Jobs, LiveJob
+from cinecat.server.jobs import Jobs
+from cinecat.server.live_job import LiveJob
 from cinecat.server.store import JobFilter
 from cinecat.v1 import job_pb2 as pb
 from tests.server.samples import FRAME, PATH_TO_SUCCESS, front, move, new_job, until

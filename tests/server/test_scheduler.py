@@ -21,7 +21,7 @@ from cinecat.server.artifacts import ArtifactError, ArtifactStore
 from cinecat.server.backlog import Backlog, Limits
 from cinecat.server.costs import Costs
 from cinecat.server.errors import RequestError, ShuttingDown
-from cinecat.server.jobs import LiveJob
+from cinecat.server.live_job import LiveJob
 from cinecat.server.patience import Patience
 from cinecat.server.policy import by_step
 from cinecat.server.render import CheckpointRule, Renderer, Stopped
