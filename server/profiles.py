@@ -81,6 +81,11 @@ class Profiles:
                 f"job_id: job {job_id} is {state_name(job.state)}; only a job that waits or runs has steps to record",
                 [Violation("job_id", f"the job is {state_name(job.state)}")],
             )
+        if live.profile_steps:
+            raise RequestError(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                f"job_id: steps of job {job_id} are being recorded already; wait for them",
+            )
         known = set(live.profiles)
         live.profile_steps = steps or 1
         try:

@@ -49,7 +49,11 @@ def test_recorded_steps_are_files_for_perfetto_and_change_no_bit(
             return load_file(client.download(job_id, tmp_path / f"{job_id}.safetensors"))["frames"]
 
         profiled, plain = submit("a cat"), submit("a cat")
-        recorded = list(client.profile(profiled, 2))
+        recording = client.profile(profiled, 6)
+        recorded = [next(recording)]
+        with pytest.raises(CinecatError, match="are being recorded already"):
+            list(client.profile(profiled))
+        recorded += recording
         assert [Path(each.path).name for each in recorded] == [
             f"{profiled}-step-{each.step}.json.gz" for each in recorded
         ]
