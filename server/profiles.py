@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
 from pathlib import Path
 
@@ -41,10 +42,11 @@ def next_profile(folder: Path | None, live: LiveJob) -> str:
     return str(folder / f"{live.job_id}-step-{live.job.progress.step + 1}.json.gz")
 
 
-def note_profile(live: LiveJob, path: str) -> None:
+async def note_profile(live: LiveJob, path: str) -> None:
     """Takes note of a step that was to be recorded, and whether it was."""
+    written = await asyncio.to_thread(Path(path).exists)
     live.profile_steps -= 1
-    if Path(path).exists():
+    if written:
         live.profiles[live.job.progress.step + 1] = path
         live.log.info("step recorded", path=path)
 
@@ -87,6 +89,7 @@ class Profiles:
                 f"job_id: steps of job {job_id} are being recorded already; wait for them",
             )
         known = set(live.profiles)
+        wanted = len(known) + (steps or 1)
         live.profile_steps = steps or 1
         try:
             while True:
@@ -94,6 +97,9 @@ class Profiles:
                 for step in sorted(live.profiles.keys() - known):
                     known.add(step)
                     yield generation_pb2.ProfiledStep(step=step, path=live.profiles[step])
+                if not live.profile_steps and len(known) < wanted and not live.ended:
+                    message = "profile_dir: a recording could not be written; the server's log says why"
+                    raise RequestError(grpc.StatusCode.UNAVAILABLE, message)
                 if not live.profile_steps or live.ended:
                     return
                 await changed.wait()

@@ -131,7 +131,7 @@ class Renderer:
         path = next_profile(self.profile_dir, renderings[0].live) if len(renderings) == 1 else ""
         stepped = await self.core.call(Step(ids, wanted, path), Stepped)
         if path:
-            await asyncio.to_thread(note_profile, renderings[0].live, path)
+            await note_profile(renderings[0].live, path)
         else:
             self.costs.observe_step(shape, sum(each.rows for each in renderings), stepped.seconds)
         self.metrics.stepped([each.live.job.clip for each in renderings], shape, stepped.seconds)

@@ -146,8 +146,9 @@ class OtlpTracer:
             live.log.error("no trace", exc_info=error)
 
     def close(self) -> None:
-        self._processor.force_flush(_FLUSH_SECONDS * 1000)
-        self._provider.shutdown()
+        if self._processor.force_flush(_FLUSH_SECONDS * 1000):
+            self._provider.shutdown()
+        # Else its thread is a daemon that ends with the process: waiting once for a dead collector is enough.
 
     def _trace(self, live: LiveJob) -> None:
         from opentelemetry import trace

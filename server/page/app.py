@@ -32,6 +32,7 @@ from cinecat.v1 import job_pb2 as pb
 _STATIC = Path(__file__).parent / "static"
 _MONTH_S = 30 * 86_400
 _MAX_SMALL_BODY = 4096
+_BODY_S = 60
 _BODY_MARGIN = 1 << 16
 
 # Nothing but what lies beside this module; pictures come also in the JSON.
@@ -77,7 +78,7 @@ class Page:
         job = "/api/jobs/{job_id}"
         self.app = Starlette(
             routes=[
-                Route("/metrics", self._metrics),
+                Route("/metrics", _guarded(self._metrics)),
                 Route("/", _guarded(self._index)),
                 Route("/{name:str}", _guarded(self._static)),
                 Route("/api/session", _guarded(self._sign_in), methods=["POST"]),
@@ -92,7 +93,10 @@ class Page:
         )
 
     async def _metrics(self, request: Request) -> Response:
-        encode, content_type = choose_encoder(request.headers.get("accept", ""))
+        try:
+            encode, content_type = choose_encoder(request.headers.get("accept", ""))
+        except (TypeError, ValueError):  # of a header that is none
+            encode, content_type = choose_encoder("")
         # A thread: what is running must not wait for it.
         text = await asyncio.to_thread(encode, self._registry)
         return Response(text, headers={"Content-Type": content_type})
@@ -258,7 +262,10 @@ def _refusal(error: RequestError) -> Response:
 def _check_origin(request: Request) -> None:
     """Another site must not act with the key that this one has set; SameSite says so too, to browsers that heed it."""
     origin = request.headers.get("origin")
-    other = origin is not None and urlsplit(origin).netloc != request.headers.get("host")
+    try:
+        other = origin is not None and urlsplit(origin).netloc != request.headers.get("host")
+    except ValueError:
+        other = True
     if other or request.headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
         raise RequestError(grpc.StatusCode.PERMISSION_DENIED, "the page of another site may not do this")
 
@@ -268,12 +275,17 @@ async def _json(request: Request, limit: int) -> dict[str, Any]:
     if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
         raise invalid([Violation("request", "is not JSON; set Content-Type to application/json")])
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > limit:
-            raise invalid([Violation("request", f"is larger than {limit} bytes; send a smaller image")])
+    try:
+        async with asyncio.timeout(_BODY_S):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > limit:
+                    raise invalid([Violation("request", f"is larger than {limit} bytes; send a smaller image")])
+    except TimeoutError as error:
+        raise invalid([Violation("request", f"was not whole within {_BODY_S} seconds")]) from error
     try:
         found = json.loads(body)
+        json.dumps(found, ensure_ascii=False).encode()  # halves of surrogate pairs are no text
     except (ValueError, RecursionError) as error:
         raise invalid([Violation("request", f"is not JSON: {error}")]) from error
     if not isinstance(found, dict):

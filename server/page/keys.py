@@ -39,7 +39,7 @@ class Keys:
 
     def viewer(self, key: str | None) -> Viewer | None:
         """Whose key it is; None for one that is nobody's. Takes as long for a wrong one as for a right one."""
-        given, found = (key or "").encode(), None
+        given, found = (key or "").encode(errors="replace"), None
         for known, tenant in self._tenants.items():
             if hmac.compare_digest(known.encode(), given):
                 found = Viewer(tenant, may_act=True)

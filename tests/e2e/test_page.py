@@ -161,6 +161,7 @@ def test_whoever_has_no_key_changes_nothing(reader: Visitor, photograph: Path) -
     assert reader.post("/api/jobs/" + "0" * 32 + "/cancel").status == 403
     assert reader.post("/api/session", {"key": "wrong"}).status == 403
     assert reader.post("/api/session", {"key": 5}).status == 403
+    assert reader.post("/api/session", b'{"key": "\\ud800"}').status == 400
 
 
 def test_a_key_becomes_a_cookie_that_no_script_reads_and_no_site_sends(reader: Visitor) -> None:
@@ -176,7 +177,12 @@ def test_a_key_becomes_a_cookie_that_no_script_reads_and_no_site_sends(reader: V
 
 
 def test_another_sites_page_cannot_act(nobody: Visitor, photograph: Path) -> None:
-    for headers in ({"Origin": "http://evil.example"}, {"Sec_Fetch_Site": "cross-site"}, {"Origin": "null"}):
+    for headers in (
+        {"Origin": "http://evil.example"},
+        {"Sec_Fetch_Site": "cross-site"},
+        {"Origin": "null"},
+        {"Origin": "http://["},
+    ):
         assert nobody.post("/api/jobs", {"clip": clip(photograph)}, **headers).status == 403
     assert nobody.post("/api/jobs", {"clip": clip(photograph)}, Content_Type="text/plain").status == 400
 
@@ -187,6 +193,7 @@ def test_another_sites_page_cannot_act(nobody: Visitor, photograph: Path) -> Non
         (b"{", "request"),
         (b"[]", "request"),
         (b"\xff", "request"),
+        (b'{"\\ud800": 1}', "request"),
         (b'{"clip": ' + b"[" * 100_000, "request"),
         ({"clip": {"unknown": 1}}, "request"),
         ({"clip": {"image": "!!!"}}, "clip.image"),
@@ -207,3 +214,4 @@ def test_metrics_are_served_in_the_form_that_is_asked_for(reader: Visitor) -> No
     opened = reader.get("/metrics", Accept="application/openmetrics-text; version=1.0.0")
     assert opened.headers["content-type"].startswith("application/openmetrics-text")
     assert opened.body.endswith(b"# EOF\n")
+    assert reader.get("/metrics", Accept="application/openmetrics-text;version=x;q=z").status == 200

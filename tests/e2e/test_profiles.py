@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -68,10 +69,14 @@ def test_recorded_steps_are_files_for_perfetto_and_change_no_bit(
         assert len(json.loads(shown.stdout)) == 1
 
         assert (frames(profiled) == frames(plain)).all()
+        other = submit("another")
+        shutil.rmtree(folder)
+        with pytest.raises(CinecatError, match="could not be written"):
+            list(client.profile(other))
         with pytest.raises(CinecatError, match="succeeded"):
             list(client.profile(profiled))
         with pytest.raises(CinecatError, match="not between 1 and 20"):
-            list(client.profile(submit("another"), 21))
+            list(client.profile(other, 21))
         with pytest.raises(CinecatError):
             list(client.profile("0" * 32))
         (job,) = [job for job in client.jobs() if job.state is not JobState.SUCCEEDED]
