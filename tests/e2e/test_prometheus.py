@@ -19,7 +19,8 @@ from cinecat.server.local_server import LocalServer
 from cinecat.server.monitoring.dashboards import DASHBOARDS
 from tests.server.monitoring.prometheus import Prometheus, needs_prometheus, scraping
 
-pytestmark = needs_prometheus
+# A minute on two cores; that every query names metrics that there are is tested without a server.
+pytestmark = [needs_prometheus, pytest.mark.slow]
 
 # Of Grafana's variables, as the browser fills them in for the last few minutes.
 VARIABLES = {"$instance": ".*", "$__rate_interval": "2m", "$__range": "5m"}

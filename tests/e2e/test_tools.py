@@ -42,6 +42,7 @@ def test_reflection_describes_every_service(server: LocalServer) -> None:
         "GetJob",
         "ListJobs",
         "CancelJob",
+        "ProfileJob",
         "Download",
     ]
 
