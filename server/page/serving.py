@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import socket
 from collections.abc import AsyncIterator, Iterator
 
@@ -23,6 +24,11 @@ class _Server(uvicorn.Server):
         yield
 
 
+def _is_no_cut_off(record: logging.LogRecord) -> bool:
+    """That a download was cut off because the server stops is no fault to be shown with its traceback."""
+    return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
+
+
 @contextlib.asynccontextmanager
 async def listening(page: Page, host: str, port: int) -> AsyncIterator[int]:
     """Serves until the end of the block, and yields the port.
@@ -36,11 +42,13 @@ async def listening(page: Page, host: str, port: int) -> AsyncIterator[int]:
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(where)
+            listener.listen()  # else two servers that start together could both have the port
         except BaseException:
             listener.close()
             raise
     except OSError as error:
         raise SettingsError(f"metrics_port: {host}:{port} cannot be listened on: {error.strerror}") from error
+    logging.getLogger("uvicorn.error").addFilter(_is_no_cut_off)
     config = uvicorn.Config(
         page.app,
         log_config=None,
