@@ -131,7 +131,7 @@ async def running(settings: Settings, hurry: asyncio.Event) -> AsyncIterator[Run
     async with contextlib.AsyncExitStack() as stack:
         _check_is_free(settings.address)
         keys, drawn = keys_of(settings.page_keys, settings.metrics_host)
-        page = Page(registry, keys)
+        page = Page(registry, keys, settings.metrics_host)
         metrics_port = await stack.enter_async_context(listening(page, settings.metrics_host, settings.metrics_port))
         address = f"http://{settings.metrics_host}:{metrics_port}/"
         log.info("status page", url=f"{address}?key={drawn}" if drawn else address)
@@ -203,6 +203,7 @@ async def running(settings: Settings, hurry: asyncio.Event) -> AsyncIterator[Run
             await on_core_state(False)
             await scheduler.drain(worker, settings.drain_seconds, hurry)
             jobs.stop_watching()
+            page.served = None
             await server.stop(grace=5.0)
             log.info("stopped")
 

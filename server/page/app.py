@@ -17,15 +17,16 @@ from google.protobuf.json_format import MessageToJson, ParseDict, ParseError
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, RedirectResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from cinecat.server.artifacts import ArtifactNotFoundError
+from cinecat.server.artifacts import ArtifactNotFoundError, ArtifactStore
 from cinecat.server.errors import RequestError, Violation, explain, invalid, status_of
-from cinecat.server.page.keys import COOKIE, READER, Keys, Viewer
+from cinecat.server.page.keys import COOKIE, READER, Keys, Viewer, is_addressed_to_loopback, is_loopback
 from cinecat.server.page.posters import Posters
-from cinecat.server.page.status import Served, as_json, status
+from cinecat.server.page.status import Served, Statuses, as_json
 from cinecat.v1 import generation_pb2
 from cinecat.v1 import job_pb2 as pb
 
@@ -34,6 +35,7 @@ _MONTH_S = 30 * 86_400
 _MAX_SMALL_BODY = 4096
 _BODY_S = 60
 _BODY_MARGIN = 1 << 16
+_BODIES_AT_ONCE = 2
 
 # Nothing but what lies beside this module; pictures come also in the JSON.
 _HEADERS = {
@@ -65,13 +67,17 @@ class Page:
     """The HTTP side of a server.
 
     Attributes:
-        served: None until the model is loaded.
+        served: None until the model is loaded, and again when the server stops.
         ready: whether jobs are taken.
     """
 
-    def __init__(self, registry: CollectorRegistry, keys: Keys) -> None:
+    def __init__(self, registry: CollectorRegistry, keys: Keys, host: str) -> None:
+        """`host` is where the page is listened for."""
         self.served: Served | None = None
         self.ready = False
+        self._for_this_machine = is_loopback(host)
+        self._bodies = asyncio.Semaphore(_BODIES_AT_ONCE)
+        self._statuses: Statuses | None = None
         self._registry = registry
         self._keys = keys
         self._posters: Posters | None = None
@@ -89,7 +95,8 @@ class Page:
                 Route(f"{job}/events", _guarded(self._events)),
                 Route(f"{job}/poster", _guarded(self._poster)),
                 Route(f"{job}/artifacts/{{name}}", _guarded(self._artifact)),
-            ]
+            ],
+            exception_handlers={HTTPException: _no_such_route},
         )
 
     async def _metrics(self, request: Request) -> Response:
@@ -107,7 +114,8 @@ class Page:
             return FileResponse(_STATIC / "index.html")
         # The key does not stay in the address.
         answer = RedirectResponse("/", status_code=303)
-        if self._keys.viewer(key) is not None:
+        # Another site's link must not sign anybody in for whoever wrote it.
+        if request.headers.get("sec-fetch-site") != "cross-site" and self._keys.viewer(key) is not None:
             _remember(answer, request, key)
         return answer
 
@@ -132,28 +140,33 @@ class Page:
     async def _sign_out(self, request: Request) -> Response:
         _check_origin(request)
         answer = JSONResponse({})
-        answer.delete_cookie(COOKIE)
+        answer.delete_cookie(_cookie(request))
         return answer
 
     async def _status(self, request: Request) -> Response:
-        viewer = self._viewer(request)
+        viewer = self._known(request)
+        shown = viewer or READER
         found: dict[str, Any] = {
             "ready": self.ready,
-            "viewer": {"tenant": viewer.tenant, "may_act": viewer.may_act},
+            "viewer": {"tenant": shown.tenant, "may_act": shown.may_act},
         }
-        if self.served is not None:
-            found |= await status(self.served, viewer)
+        if self.served is not None and viewer is not None:
+            found |= await self._status_of(self.served).of(viewer)
         return JSONResponse(found)
+
+    def _status_of(self, served: Served) -> Statuses:
+        self._statuses = self._statuses or Statuses(served)
+        return self._statuses
 
     async def _submit(self, request: Request) -> Response:
         viewer, served = self._actor(request), self._loaded()
         limit = served.model.limits.max_image_bytes * 4 // 3 + _BODY_MARGIN
-        body = await _json(request, limit)
-        try:
-            asked = ParseDict(body, generation_pb2.SubmitRequest())
-        except (ParseError, RecursionError) as error:
-            raise invalid([Violation("request", f"is no SubmitRequest: {error}")]) from error
-        job = await served.generation.submit(asked, viewer.tenant, detached=True)
+        async with self._bodies:  # each takes several times its size while it is read
+            body = await _json(request, limit)
+            # A thread: an image in base64 takes a while to decode, and what is running must not wait for it.
+            asked = await asyncio.to_thread(_submit_request, body)
+            del body
+            job = await served.generation.submit(asked, viewer.tenant, detached=True)
         return JSONResponse(as_json(job), status_code=201)
 
     async def _cancel(self, request: Request) -> Response:
@@ -163,7 +176,10 @@ class Page:
 
     async def _events(self, request: Request) -> Response:
         """Server-sent events; each has its sequence number as id, from which a browser that lost them goes on."""
-        job = await self._job(request, self._viewer(request))
+        viewer = self._viewer(request)
+        job = await self._job(request, viewer)
+        if not viewer.may_act:  # whoever watches an attached job keeps it alive
+            raise RequestError(grpc.StatusCode.PERMISSION_DENIED, "sign in with a key of this server first")
         last = request.headers.get("last-event-id", "")
         after = int(last) if last.isdecimal() and len(last) < 19 else 0
         headers = {"X-Accel-Buffering": "no"}
@@ -184,7 +200,9 @@ class Page:
         poster = await asyncio.to_thread(posters.poster, job)
         if poster is None:
             raise RequestError(grpc.StatusCode.NOT_FOUND, "the job has no video")
-        return Response(poster, media_type="image/webp", headers={"Cache-Control": "private, max-age=86400"})
+        return Response(
+            poster, media_type="image/webp", headers={"Cache-Control": "private, max-age=86400", "Vary": "Cookie"}
+        )
 
     async def _artifact(self, request: Request) -> Response:
         """All of a file, or the one range that is asked for; players ask for ranges."""
@@ -202,16 +220,10 @@ class Page:
         headers = {"Accept-Ranges": "bytes", "Content-Length": str(last - first + 1)}
         if code == 206:
             headers["Content-Range"] = f"bytes {first}-{last}/{size}"
-        content = self._read(job.job_id, artifact.name, first, last - first + 1)
+        if request.method == "HEAD":
+            return Response(status_code=code, headers=headers, media_type=artifact.mime_type)
+        content = _read(self._loaded().artifacts, job.job_id, artifact.name, first, last - first + 1)
         return StreamingResponse(content, code, headers, media_type=artifact.mime_type)
-
-    async def _read(self, job_id: str, name: str, offset: int, count: int) -> AsyncIterator[bytes]:
-        artifacts = self._loaded().artifacts
-        with artifacts.being_read(job_id):
-            chunks = await asyncio.to_thread(artifacts.open_range, job_id, name, offset)
-            while count > 0 and (chunk := await asyncio.to_thread(next, chunks, None)) is not None:
-                yield chunk[:count]
-                count -= len(chunk)
 
     async def _job(self, request: Request, viewer: Viewer) -> pb.Job:
         """Another tenant's is as unknown as any."""
@@ -222,8 +234,22 @@ class Page:
             raise RequestError(grpc.StatusCode.UNAVAILABLE, "the model is being loaded; try again in a moment")
         return self.served
 
+    def _known(self, request: Request) -> Viewer | None:
+        """None for a stranger who reached a page that is for this machine by another name: it may be that of a web
+        site that resolves to this machine, whose scripts would then read what the page shows.
+        """
+        known = self._keys.viewer(request.cookies.get(_cookie(request)))
+        if known is None and self._for_this_machine:
+            return READER if is_addressed_to_loopback(request.headers.get("host", "")) else None
+        return known or READER
+
     def _viewer(self, request: Request) -> Viewer:
-        return self._keys.viewer(request.cookies.get(COOKIE)) or READER
+        viewer = self._known(request)
+        if viewer is None:
+            raise RequestError(
+                grpc.StatusCode.PERMISSION_DENIED, "the page is for this machine; sign in with a key first"
+            )
+        return viewer
 
     def _actor(self, request: Request) -> Viewer:
         _check_origin(request)
@@ -251,6 +277,29 @@ def _guarded(endpoint: Endpoint) -> Endpoint:
         return answer
 
     return call
+
+
+async def _no_such_route(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    code = grpc.StatusCode.NOT_FOUND if error.status_code == 404 else grpc.StatusCode.UNIMPLEMENTED
+    body = {"code": code.name, "message": error.detail, "violations": []}
+    return JSONResponse(body, error.status_code, {**_HEADERS, **(error.headers or {})})
+
+
+def _submit_request(body: dict[str, Any]) -> generation_pb2.SubmitRequest:
+    """Raises RequestError for what is none."""
+    try:
+        return ParseDict(body, generation_pb2.SubmitRequest())
+    except (ParseError, RecursionError) as error:
+        raise invalid([Violation("request", f"is no SubmitRequest: {error}")]) from error
+
+
+async def _read(artifacts: ArtifactStore, job_id: str, name: str, offset: int, count: int) -> AsyncIterator[bytes]:
+    with artifacts.being_read(job_id):
+        chunks = await asyncio.to_thread(artifacts.open_range, job_id, name, offset)
+        while count > 0 and (chunk := await asyncio.to_thread(next, chunks, None)) is not None:
+            yield chunk[:count]
+            count -= len(chunk)
 
 
 def _refusal(error: RequestError) -> Response:
@@ -284,8 +333,7 @@ async def _json(request: Request, limit: int) -> dict[str, Any]:
     except TimeoutError as error:
         raise invalid([Violation("request", f"was not whole within {_BODY_S} seconds")]) from error
     try:
-        found = json.loads(body)
-        json.dumps(found, ensure_ascii=False).encode()  # halves of surrogate pairs are no text
+        found = await asyncio.to_thread(_loads, body)
     except (ValueError, RecursionError) as error:
         raise invalid([Violation("request", f"is not JSON: {error}")]) from error
     if not isinstance(found, dict):
@@ -293,6 +341,18 @@ async def _json(request: Request, limit: int) -> dict[str, Any]:
     return found
 
 
+def _loads(body: bytearray) -> Any:
+    """Raises ValueError or RecursionError."""
+    found = json.loads(body)
+    json.dumps(found, ensure_ascii=False).encode()  # halves of surrogate pairs are no text
+    return found
+
+
+def _cookie(request: Request) -> str:
+    """Browsers keep one set of cookies for all ports of a machine, and there may be several servers on it."""
+    return f"{COOKIE}_{request.scope['server'][1]}"
+
+
 def _remember(answer: Response, request: Request, key: str) -> None:
     secure = request.url.scheme == "https"
-    answer.set_cookie(COOKIE, key, max_age=_MONTH_S, httponly=True, samesite="strict", secure=secure)
+    answer.set_cookie(_cookie(request), key, max_age=_MONTH_S, httponly=True, samesite="strict", secure=secure)

@@ -7,6 +7,7 @@ import ipaddress
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 from cinecat.server.settings import page_key
 
@@ -53,13 +54,22 @@ def keys_of(words: Sequence[str], host: str) -> tuple[Keys, str]:
     Returns:
         The keys, and the one that was drawn or "".
     """
-    if words or not _is_loopback(host):
+    if words or not is_loopback(host):
         return Keys(dict(map(page_key, words))), ""
     drawn = secrets.token_urlsafe(24)
     return Keys({drawn: ""}), drawn
 
 
-def _is_loopback(host: str) -> bool:
+def is_addressed_to_loopback(host_header: str) -> bool:
+    """Whether a request's Host header names this machine, with a port or without."""
+    try:
+        return is_loopback(urlsplit(f"//{host_header}").hostname or "")
+    except ValueError:
+        return False
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or an address is this machine's own."""
     try:
         return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:

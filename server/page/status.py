@@ -27,6 +27,7 @@ from cinecat.v1 import models_pb2, styles_pb2
 _RECENT = 12
 _UNFINISHED = 50
 _STYLES = 100
+_FRESH_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,25 @@ class Served:
     model: models_pb2.Model
     artifacts: ArtifactStore
     metrics: Metrics
+
+
+class Statuses:
+    """Gathered once for all of a tenant who ask at the same time, and for those without a key at most twice a second,
+    however many they are and however often they ask: the store works for jobs first.
+    """
+
+    def __init__(self, served: Served) -> None:
+        self._served = served
+        self._kept: dict[str, tuple[float, asyncio.Future[dict[str, Any]]]] = {}
+
+    async def of(self, viewer: Viewer) -> dict[str, Any]:
+        """Everything that a viewer may know."""
+        now = asyncio.get_running_loop().time()
+        asked_at, asked = self._kept.get(viewer.tenant, (0.0, None))
+        if asked is None or (asked.done() and (viewer.may_act or now - asked_at > _FRESH_S)):
+            asked = asyncio.ensure_future(status(self._served, viewer))
+            self._kept[viewer.tenant] = now, asked
+        return await asyncio.shield(asked)  # who asked first may leave first
 
 
 async def status(served: Served, viewer: Viewer) -> dict[str, Any]:

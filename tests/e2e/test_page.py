@@ -43,7 +43,7 @@ class Visitor:
     def ask(self, method: str, path: str, body: Any = None, **headers: str) -> Answer:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         if self.key:
-            headers["Cookie"] = f"cinecat_key={self.key}"
+            headers["Cookie"] = f"cinecat_key_{self.port}={self.key}"
         if body is not None:
             headers = {"Content-Type": "application/json"} | headers
         payload = body if isinstance(body, (bytes, type(None))) else json.dumps(body)
@@ -134,6 +134,8 @@ def test_poster_and_video_come_whole_or_in_ranges(acme: Visitor, acme_clip: Clip
     assert (part.status, part.body, part.headers["content-range"]) == (206, whole.body[10:20], f"bytes 10-19/{size}")
     assert acme.get(f"{job}/artifacts/{name}", Range="bytes=10-").body == whole.body[10:]
     assert acme.get(f"{job}/artifacts/{name}", Range=f"bytes={size}-").status == 416
+    told = acme.ask("HEAD", f"{job}/artifacts/{name}")
+    assert (told.status, told.body, told.headers["content-length"]) == (200, b"", f"{size}")
     for other in ("../../jobs.sqlite", "..%2f..%2fjobs.sqlite", "clip.mov", "owner"):
         assert acme.get(f"{job}/artifacts/{other}").status == 404
 
@@ -159,8 +161,8 @@ def test_whoever_has_no_key_changes_nothing(reader: Visitor, photograph: Path) -
     assert reader.get("/api/status").json["viewer"] == {"tenant": "", "may_act": False}
     assert reader.post("/api/jobs", {"clip": clip(photograph)}).status == 403
     assert reader.post("/api/jobs/" + "0" * 32 + "/cancel").status == 403
-    assert reader.post("/api/session", {"key": "wrong"}).status == 403
-    assert reader.post("/api/session", {"key": 5}).status == 403
+    for key in (5, None, "", "wrong", ["a"], NOBODY_KEY + "\0"):
+        assert reader.post("/api/session", {"key": key}).status == 403
     assert reader.post("/api/session", b'{"key": "\\ud800"}').status == 400
 
 
@@ -174,6 +176,45 @@ def test_a_key_becomes_a_cookie_that_no_script_reads_and_no_site_sends(reader: V
     assert (linked.status, linked.headers["location"]) == (303, "/")
     assert NOBODY_KEY in linked.headers["set-cookie"]
     assert "set-cookie" not in reader.get("/?key=wrong").headers
+    assert "set-cookie" not in reader.get(f"/?key={NOBODY_KEY}", Sec_Fetch_Site="cross-site").headers
+
+
+def test_servers_on_one_machine_do_not_sign_each_other_out(reader: Visitor) -> None:
+    cookie = reader.post("/api/session", {"key": ACME_KEY}).headers["set-cookie"]
+    assert cookie.startswith(f"cinecat_key_{reader.port}=")
+
+
+def test_a_web_site_that_resolves_to_this_machine_reads_nothing(
+    server: LocalServer, reader: Visitor, nobody: Visitor, photograph: Path
+) -> None:
+    with Client(server.address) as client:
+        made = client.generate(image=photograph, prompt="for this machine", size="64x64", frames=5, steps=2).result()
+    for host in (f"localhost:{reader.port}", f"127.0.0.1:{reader.port}", f"[::1]:{reader.port}"):
+        assert reader.get("/api/status", Host=host).json["model"]["name"] == "wan-tiny"
+    paths = [f"/api/jobs/{made.job_id}/{what}" for what in ("events", "poster", "artifacts/clip.mp4")]
+    for host in (f"rebound.example:{reader.port}", "localhost.rebound.example", "127.0.0.1.rebound.example", "["):
+        stranger = reader.get("/api/status", Host=host)
+        assert stranger.json == {"ready": True, "viewer": {"tenant": "", "may_act": False}}
+        assert {reader.get(path, Host=host).status for path in paths} == {403}
+    behind_a_proxy = nobody.get("/api/status", Host="clips.studio.example")
+    assert b"for this machine" in behind_a_proxy.body
+
+
+def test_whoever_only_reads_keeps_no_clip_alive(server: LocalServer, reader: Visitor, photograph: Path) -> None:
+    with Client(server.address) as client:
+        made = client.generate(image=photograph, prompt="a cat", size="64x64", frames=5, steps=2).result()
+    assert reader.get(f"/api/jobs/{made.job_id}/events").status == 403
+    assert reader.get(f"/api/jobs/{made.job_id}/poster").status == 200
+
+
+@pytest.mark.parametrize(
+    ("method", "path"), [("POST", "/"), ("PUT", "/api/jobs"), ("GET", "/api/nothing"), ("GET", "/a/b")]
+)
+def test_what_is_not_there_is_told_as_carefully_as_what_is(reader: Visitor, method: str, path: str) -> None:
+    answer = reader.ask(method, path)
+    assert answer.status in (404, 405)
+    assert answer.json["violations"] == []
+    assert "default-src 'none'" in answer.headers["content-security-policy"]
 
 
 def test_another_sites_page_cannot_act(nobody: Visitor, photograph: Path) -> None:
