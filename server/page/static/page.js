@@ -179,7 +179,7 @@ function showModel(model) {
 function show(state) {
   mayAct = state.viewer.may_act;
   const badge = $("ready");
-  badge.textContent = state.ready ? "ready" : state.model ? "not ready" : "loading the model";
+  badge.textContent = state.ready ? "ready" : state.model || filled ? "not ready" : "loading the model";
   badge.className = `badge ${state.ready ? "good" : ""}`;
   $("clip").hidden = !(mayAct && state.model);
   $("read-only").hidden = mayAct;
