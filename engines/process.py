@@ -110,7 +110,10 @@ def _answer(core: EngineCore, call: Call) -> Answer:
         case Condition(shot, checkpoint):
             return core.condition(shot, Path(checkpoint) if checkpoint else None)
         case Step(job_ids, previews, path):
-            return _recorded_step(core, job_ids, previews, path) if path else core.step(job_ids, previews)
+            from cinecat.engines.profiling import recorded
+
+            with recorded(path):
+                return core.step(job_ids, previews)
         case Save(job_id, path):
             return core.save(job_id, Path(path))
         case Decode(job_id, buffer, dtype):
@@ -120,21 +123,6 @@ def _answer(core: EngineCore, call: Call) -> Answer:
             return Released()
         case Warm(style):
             return core.warm(style)
-
-
-def _recorded_step(core: EngineCore, job_ids: tuple[str, ...], previews: frozenset[str], path: str) -> Answer:
-    """A recording that fails costs the job nothing."""
-    from cinecat.engines.profiling import recorded
-
-    answer: Answer | None = None
-    try:
-        with recorded(path):
-            answer = core.step(job_ids, previews)
-    except EngineError as error:
-        if answer is None:
-            raise
-        log.error("%s", error)
-    return answer
 
 
 def _write_frames(frames: Tensor, buffer: str, dtype: str) -> None:

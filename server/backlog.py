@@ -17,6 +17,7 @@ from cinecat.server.jobs import Jobs
 from cinecat.server.metrics import PRIORITIES, Metrics, priority_name
 from cinecat.server.policy import STRETCH, Phase, Snapshot, Task
 from cinecat.server.render import Rendering
+from cinecat.server.request_options import is_interactive
 from cinecat.server.shares import Shares
 from cinecat.v1 import clip_pb2
 from cinecat.v1 import job_pb2 as pb
@@ -93,7 +94,7 @@ class Backlog:
         merged = live.job.clip.tokenization.mode == clip_pb2.Tokenization.CAT
         wears = merged or any(style.strength for style in live.job.clip.styles)
         self._entries[live.job_id] = _Entry(rendering, arrival, wears)
-        if _interactive(live.job):
+        if is_interactive(live.job):
             self._shares.arrived(self._costs.whole(live.job.clip, rendering.expected_tokens()) or 0.0)
         for entry in self._present():
             clip = entry.rendering.live.job.clip
@@ -146,7 +147,7 @@ class Backlog:
             for entry in present:
                 if not entry.rendering.in_core:
                     live = entry.rendering.live
-                    queues[_interactive(live.job), live.tenant].append(entry)
+                    queues[is_interactive(live.job), live.tenant].append(entry)
             for queue in queues.values():
                 entries += heapq.nsmallest(_CANDIDATES, queue, key=lambda entry: (entry.deadline, entry.arrival))
         return Snapshot(
@@ -168,8 +169,8 @@ class Backlog:
         finally:
             seconds = time.perf_counter() - started
             self._metrics.quantum_seconds.labels(kind).observe(seconds)
-            classes = {_interactive(entry.rendering.live.job) for entry in self._present()}
-            self._shares.spent(_interactive(renderings[0].live.job), seconds, len(classes) == 2)
+            classes = {is_interactive(entry.rendering.live.job) for entry in self._present()}
+            self._shares.spent(is_interactive(renderings[0].live.job), seconds, len(classes) == 2)
             for rendering in renderings:
                 live = rendering.live
                 self._shares.charge(live.tenant, seconds / len(renderings))
@@ -221,7 +222,7 @@ class Backlog:
         return Task(
             job_id=job.job_id,
             tenant=live.tenant,
-            interactive=_interactive(job),
+            interactive=is_interactive(job),
             deadline=entry.deadline,
             arrival=entry.arrival,
             phase=rendering.phase,
@@ -254,7 +255,7 @@ class Backlog:
                 live = entry.rendering.live
                 seconds = self._costs.remaining(live.job, entry.rendering.expected_tokens())
                 if seconds is not None:
-                    known.append(Remaining(live.job_id, live.tenant, _interactive(live.job), entry.deadline, seconds))
+                    known.append(Remaining(live.job_id, live.tenant, is_interactive(live.job), entry.deadline, seconds))
             ahead = forecast(known, self._shares.interactive_load)
             self._forecast = {job_id: now + seconds for job_id, seconds in ahead.items()}
             self._forecast_at = now
@@ -268,7 +269,3 @@ class Backlog:
 def _order(entry: _Entry, done: dict[str, float]) -> tuple[bool, float, float]:
     """Those in the core first, then as they will be done."""
     return not entry.rendering.in_core, done.get(entry.rendering.live.job_id, entry.deadline), entry.arrival
-
-
-def _interactive(job: pb.Job) -> bool:
-    return job.priority != pb.PRIORITY_BATCH

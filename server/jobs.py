@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
 import numpy as np
-import structlog
 from numpy.typing import NDArray
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
@@ -46,8 +45,6 @@ _ATTACH_SECONDS = 5.0
 
 # Progress alone waits so long for more: what watchers cost grows with the events that they are sent.
 _GATHER_S = 0.05
-
-log = structlog.get_logger(__name__)
 
 
 class Jobs:

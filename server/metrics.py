@@ -18,6 +18,7 @@ from cinecat.engines.backends.store_events import Outcome
 from cinecat.engines.messages import CoreMemory, EngineCacheEvent, SlotUse, StageTime, StepShape
 from cinecat.server.labels import Names, jobs_label, tokens_label
 from cinecat.server.lifecycle import FINAL_STATES, TRANSITIONS, state_name
+from cinecat.server.request_options import is_interactive
 from cinecat.v1 import clip_pb2, models_pb2
 from cinecat.v1 import job_pb2 as pb
 
@@ -262,7 +263,7 @@ class Metrics:
 
 
 def priority_name(job: pb.Job) -> str:
-    return PRIORITIES[job.priority == pb.PRIORITY_BATCH]
+    return PRIORITIES[not is_interactive(job)]
 
 
 def tokenization_name(clip: clip_pb2.ClipSpec) -> str:

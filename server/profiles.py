@@ -7,7 +7,6 @@ from collections.abc import AsyncGenerator
 from pathlib import Path
 
 import grpc
-import structlog
 
 from cinecat.server.errors import RequestError, Violation, invalid
 from cinecat.server.jobs import Jobs
@@ -17,8 +16,6 @@ from cinecat.server.settings import SettingsError
 from cinecat.v1 import generation_pb2
 
 MOST_STEPS = 20
-
-log = structlog.get_logger(__name__)
 
 
 def open_profiles(folder: Path | None) -> Path | None:

@@ -11,7 +11,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import structlog
 from numpy.typing import NDArray
 
 from cinecat.engines.errors import CoreDied, EngineError
@@ -58,8 +57,6 @@ if TYPE_CHECKING:
 
 # At the end of denoising a checkpoint is worth its time when more work than this would be lost.
 _WORTH_SAVING_S = 1.0
-
-log = structlog.get_logger(__name__)
 
 
 class Stopped(Exception):

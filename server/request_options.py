@@ -1,4 +1,4 @@
-"""Checking what a request says beside its clip: how soon it is wanted, and which pictures of it."""
+"""What a request says beside its clip: how soon it is wanted, and which pictures of it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ def check_priority(priority: int) -> list[Violation]:
         return []
     names = ", ".join(name for name in pb.Priority.keys() if not name.endswith("UNSPECIFIED"))  # noqa: SIM118
     return [Violation("priority", f"{priority} is not one of {names}")]
+
+
+def is_interactive(job: pb.Job) -> bool:
+    """Whether somebody waits for it; what nobody said to be a batch job is one of these."""
+    return job.priority != pb.PRIORITY_BATCH
 
 
 def check_previews(previews: pb.Previews, steps: int) -> list[Violation]:

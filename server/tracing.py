@@ -14,7 +14,6 @@ from importlib.metadata import version
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Protocol
 
-import structlog
 from google.rpc import code_pb2
 
 from cinecat.server.lifecycle import state_name
@@ -45,8 +44,6 @@ _STAGES = {
     pb.JOB_STATE_ENCODING: "mux",
 }
 _ENCODERS = ("text_encode", "image_encode", "vae_encode")
-
-log = structlog.get_logger(__name__)
 
 
 class Tracer(Protocol):
@@ -165,11 +162,12 @@ class OtlpTracer:
             start_time=times[0].start_ns,
         )
         inside = trace.set_span_in_context(whole)
+        encoded = next((visit for visit in times if visit.state == pb.JOB_STATE_CONDITIONING), None)
         for visit in times:
             span = self._tracer.start_span(_STAGES[visit.state], inside, start_time=visit.start_ns)
             if visit.reason:
                 span.set_attribute("cinecat.wait_reason", visit.reason)
-            if visit.state == pb.JOB_STATE_CONDITIONING and visit is _first(times, visit.state):
+            if visit is encoded:
                 self._encoders(job, visit, trace.set_span_in_context(span))
             for step in live.steps if visit.state == pb.JOB_STATE_DENOISING else ():
                 if visit.start_ns <= step.end_ns <= visit.end_ns:
@@ -194,10 +192,6 @@ class OtlpTracer:
             span.set_attribute("cinecat.cached", timing.cached)
             span.end(max(end, visit.start_ns))
             start = end
-
-
-def _first(times: Sequence[Visit], state: State) -> Visit:
-    return next(visit for visit in times if visit.state == state)
 
 
 def _attributes(live: LiveJob) -> dict[str, str | int | float | Sequence[str]]:

@@ -178,8 +178,7 @@ class Page:
         """Server-sent events; each has its sequence number as id, from which a browser that lost them goes on."""
         viewer = self._viewer(request)
         job = await self._job(request, viewer)
-        if not viewer.may_act:  # whoever watches an attached job keeps it alive
-            raise RequestError(grpc.StatusCode.PERMISSION_DENIED, "sign in with a key of this server first")
+        _check_may_act(viewer)  # whoever watches an attached job keeps it alive
         last = request.headers.get("last-event-id", "")
         after = int(last) if last.isdecimal() and len(last) < 19 else 0
         headers = {"X-Accel-Buffering": "no"}
@@ -254,9 +253,13 @@ class Page:
     def _actor(self, request: Request) -> Viewer:
         _check_origin(request)
         viewer = self._viewer(request)
-        if not viewer.may_act:
-            raise RequestError(grpc.StatusCode.PERMISSION_DENIED, "sign in with a key of this server first")
+        _check_may_act(viewer)
         return viewer
+
+
+def _check_may_act(viewer: Viewer) -> None:
+    if not viewer.may_act:
+        raise RequestError(grpc.StatusCode.PERMISSION_DENIED, "sign in with a key of this server first")
 
 
 def _guarded(endpoint: Endpoint) -> Endpoint:
@@ -295,11 +298,13 @@ def _submit_request(body: dict[str, Any]) -> generation_pb2.SubmitRequest:
 
 
 async def _read(artifacts: ArtifactStore, job_id: str, name: str, offset: int, count: int) -> AsyncIterator[bytes]:
-    with artifacts.being_read(job_id):
-        chunks = await asyncio.to_thread(artifacts.open_range, job_id, name, offset)
-        while count > 0 and (chunk := await asyncio.to_thread(next, chunks, None)) is not None:
+    """At most `count` bytes from `offset` on."""
+    async with aclosing(artifacts.stream(job_id, name, offset)) as chunks:
+        async for chunk in chunks:
             yield chunk[:count]
             count -= len(chunk)
+            if count <= 0:
+                return
 
 
 def _refusal(error: RequestError) -> Response:

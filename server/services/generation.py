@@ -115,10 +115,9 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
                 f"offset: {request.offset} is not between 0 and {artifact.size_bytes}, the size of {artifact.name}",
                 [Violation("offset", f"{request.offset} is not between 0 and {artifact.size_bytes}")],
             )
-        with self._artifacts.being_read(job.job_id):
-            chunks = await asyncio.to_thread(self._artifacts.open_range, job.job_id, artifact.name, request.offset)
-            offset = request.offset
-            while (data := await asyncio.to_thread(next, chunks, None)) is not None:
+        offset = request.offset
+        async with aclosing(self._artifacts.stream(job.job_id, artifact.name, offset)) as chunks:
+            async for data in chunks:
                 yield generation_pb2.DownloadChunk(offset=offset, data=data, total_size_bytes=artifact.size_bytes)
                 offset += len(data)
 
