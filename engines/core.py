@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from collections.abc import Callable, Sequence, Set
 from functools import cached_property
@@ -17,7 +18,7 @@ from cinecat.engines import resume, stages
 from cinecat.engines.backends.contract import Engine
 from cinecat.engines.backends.loading import served_spec
 from cinecat.engines.backends.source import EngineSource
-from cinecat.engines.backends.stack import WanStack
+from cinecat.engines.backends.stack import WanStack, attention
 from cinecat.engines.cache import ContentCache
 from cinecat.engines.checkpoint import Checkpoint
 from cinecat.engines.denoise import Denoiser, EngineBlocks, forward_rows, guided
@@ -42,9 +43,12 @@ from cinecat.engines.messages import (
     Warmed,
 )
 from cinecat.engines.model import WanModel, load_model, synchronize
-from cinecat.engines.placement import checked, on_device, place, storage_note
+from cinecat.engines.placement import checked, on_device, on_host, place, storage_note
 from cinecat.engines.previews import Palette
 from cinecat.engines.request import Request
+from cinecat.engines.sharding.choice import for_ranks, layout_of
+from cinecat.engines.sharding.leader import Leader
+from cinecat.engines.sharding.traffic import Traffic
 from cinecat.engines.slots import StyleSlots, other_targets
 from cinecat.engines.tokens.adaptive import AdaptiveTokens
 from cinecat.engines.tokens.budget import step_tokens
@@ -63,25 +67,44 @@ class EngineCore:
         config: CoreConfig,
         variant: Variant | None = None,
         announce: Callable[[Notice], object] = lambda notice: None,
+        lost: Callable[[Failure | None], None] = lambda words: os._exit(1),
     ) -> None:
         """Loads the model.
 
         Args:
             variant: what is fused into it.
             announce: hears what happens meanwhile.
+            lost: hears, in another thread, that a rank is gone, and what it had to say; must end this process.
 
         Raises:
             ModelError: it cannot be served here.
         """
+        layout = layout_of(checkpoint, config)
+        config = for_ranks(checkpoint, checked(config, layout.ranks > 1), layout)
         if config.threads:
             torch.set_num_threads(config.threads)
-        config = checked(config)
+        self._ranks = Leader(config, layout) if layout.ranks > 1 else None
+        try:
+            self._load(checkpoint, config, variant, announce, lost)
+        except BaseException:
+            self.close()
+            raise
+
+    def _load(
+        self,
+        checkpoint: Checkpoint,
+        config: CoreConfig,
+        variant: Variant | None,
+        announce: Callable[[Notice], object],
+        lost: Callable[[Failure | None], None],
+    ) -> None:
+        ranks = self._ranks
         self._model = load_model(
             checkpoint,
             config.device,
             config.dtype,
             encoders_on_host=config.offload != "none",
-            transformer_on_host=config.offload == "blocks" or config.storage_dtype != "none",
+            transformer_on_host=on_host(config),
         )
         parameters, weights_bytes = _size(self._model)
         transformer = self._model.transformer
@@ -91,16 +114,25 @@ class EngineCore:
         announce(memory)
         check_slots_fit(memory)
         others = other_targets(transformer)
+        device = self._model.device
+        attend = ranks.meet(device, lost) if ranks else attention
         slots = StyleSlots(
-            transformer.blocks, config.style_slots, config.max_rank, self._model.dtype, others, self._model.device
+            transformer.blocks,
+            config.style_slots,
+            config.max_rank,
+            self._model.dtype,
+            others,
+            device,
+            lambda slot: ranks.share_slot(slots.engine_banks, slot) if ranks else None,
         )
         fingerprint = variant.fingerprint(checkpoint.fingerprint) if variant else checkpoint.fingerprint
         spec = served_spec(checkpoint, fingerprint, transformer, config)
         self._slots = slots
-        stack = WanStack(transformer)
-        place(transformer, stack, self._model.device, config.offload, config.storage_dtype)
+        stack = WanStack(transformer, attend)
+        place(transformer, stack, device, config.offload, config.storage_dtype)
+        eager = ranks.engine(transformer, stack, config.shard_weights) if ranks else None
         self._storage_note = storage_note(config.storage_dtype)
-        self._engines = EngineSource(stack, spec, config)
+        self._engines = EngineSource(stack, spec, config, eager)
         for news in self._engines.news():
             announce(news)
         self._denoisers: dict[Engine, Denoiser] = {}
@@ -128,7 +160,13 @@ class EngineCore:
             variant=variant.name if variant else "",
             buckets=self._engines.only_buckets,
             state_bytes=_state_bound(self._model.device),
+            ranks=ranks.layout.ranks if ranks else 1,
         )
+
+    def close(self) -> None:
+        """Ends the other ranks, where there are any."""
+        if self._ranks is not None:
+            self._ranks.close()
 
     def _denoiser_for(self, shot: Shot, grid: Grid) -> tuple[Denoiser, Engine]:
         """The denoiser of a request, and its engine. Raises EngineError when no engine takes its shapes."""
@@ -142,7 +180,8 @@ class EngineCore:
         denoiser = self._denoisers.get(engine)
         if denoiser is None:
             transformer = self._model.transformer
-            denoiser = Denoiser(transformer, EngineBlocks(transformer, engine, self._slots))
+            spread = self._ranks is not None
+            denoiser = Denoiser(transformer, EngineBlocks(transformer, engine, self._slots, spread))
             self._denoisers[engine] = denoiser
         return denoiser, engine
 
@@ -332,7 +371,9 @@ class EngineCore:
                     pictures.get(job_id),
                 )
             )
-        return Stepped(time.perf_counter() - started, tuple(answers))
+        traffic = self._ranks.ranks.take_traffic() if self._ranks else Traffic()
+        sent = sum(traffic.sent.values())
+        return Stepped(time.perf_counter() - started, tuple(answers), traffic.seconds, sent)
 
     def step_alone(self, job_id: str) -> RequestStepped:
         """`step` of one request. Raises EngineError also where it failed by itself."""

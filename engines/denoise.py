@@ -6,6 +6,7 @@ only ever sees tokens. The arithmetic is diffusers' WanTransformer3DModel.forwar
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from cinecat.engines.backends.contract import Engine, StackInputs
-from cinecat.engines.context import Branch, RowContexts
+from cinecat.engines.context import Branch, ContextKeys, RowContexts
 from cinecat.engines.slots import StyleSlots, Worn
 from cinecat.engines.tokens import path
 from cinecat.engines.tokens.grid import Grid
@@ -30,6 +31,10 @@ TOGETHER_TOKENS = 512
 """Up to so many tokens both rows of guidance run in one forward, which takes 0.65 of the time of two at 32 tokens and
 0.91 at 320 (docs/engines.md); beyond, they fill the processor one by one, and two at once would need twice the memory.
 """
+
+
+KNOWN_CONTEXTS = 2
+"""Contexts that ranks keep: a job that interrupts another does not cost it its own."""
 
 
 @dataclass(frozen=True)
@@ -84,16 +89,20 @@ class EngineBlocks:
     Args:
         transformer: diffusers', for the keys and values of the context.
         slots: what rows wear; None where they never wear anything.
+        spread: the engine spreads its work over ranks. Then both rows of guidance always run in one forward, and the
+            context comes as the same tensors in every step, so that ranks need to be sent it once.
     """
 
-    def __init__(self, transformer: Any, engine: Engine, slots: StyleSlots | None) -> None:
+    def __init__(self, transformer: Any, engine: Engine, slots: StyleSlots | None, spread: bool = False) -> None:
         self.engine = engine
         self._transformer = transformer
         self._slots = slots
+        self._spread = spread
+        self._contexts: OrderedDict[tuple[int, ...], tuple[list[ContextKeys], RowContexts]] = OrderedDict()
 
     def __call__(self, passages: Sequence[Passage]) -> list[Tensor]:
         rows = [(index, branch) for index, passage in enumerate(passages) for branch in range(len(passage.branches))]
-        if passages[0].tokens.shape[1] <= TOGETHER_TOKENS:
+        if self._spread or passages[0].tokens.shape[1] <= TOGETHER_TOKENS:
             forwards = [rows]
         else:
             forwards = [[row for row in rows if row[1] == branch] for branch in sorted({branch for _, branch in rows})]
@@ -109,7 +118,7 @@ class EngineBlocks:
     def _run(self, rows: Sequence[tuple[Passage, int]]) -> Tensor:
         """One forward: [rows, K, dim]. A row is a branch of a passage."""
         passages = [passage for passage, _ in rows]
-        context = RowContexts.of(
+        context = self._context(
             [
                 passage.branches[branch].keys(self._transformer.blocks, self._slots, passage.worn)
                 for passage, branch in rows
@@ -127,6 +136,16 @@ class EngineBlocks:
                 styles=None if self._slots is None else self._slots.rows([passage.worn for passage in passages]),
             )
         )
+
+    def _context(self, rows: list[ContextKeys]) -> RowContexts:
+        if not self._spread:
+            return RowContexts.of(rows)
+        key = tuple(map(id, rows))
+        known = self._contexts.pop(key, None) or (rows, RowContexts.of(rows))
+        self._contexts[key] = known
+        if len(self._contexts) > KNOWN_CONTEXTS:
+            self._contexts.popitem(last=False)
+        return known[1]
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -33,3 +33,7 @@ class CoreDied(EngineError):
 
 class EngineFault(EngineError):
     """The engine failed in a way that is not the request's fault."""
+
+
+class RanksLost(EngineFault):
+    """The ranks that share a model's work are out of step, or one of them is gone; none can go on."""

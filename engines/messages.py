@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 FrameDtype: TypeAlias = Literal["uint8", "float32"]
 Offload: TypeAlias = Literal["none", "encoders", "blocks"]
 StorageDtype: TypeAlias = Literal["none", "float8_e4m3fn"]
+ShardWeights: TypeAlias = Literal["none", "fsdp"]
 
 VAE_TEMPORAL_STRIDE = 4
 
@@ -44,6 +45,9 @@ class CoreConfig:
         offload: what is in the host's memory while it does not work: "none", "encoders" (of text and image) or "blocks"
             (of the transformer, and the encoders).
         storage_dtype: that the matrices of the blocks are kept in; "none" is `dtype`.
+        shard: how ranks share the work, as `sharding.layout.parse_layout` reads it.
+        shard_weights: "fsdp" spreads the blocks' weights over the ranks of a sequence.
+        rank_timeout_seconds: without a sign of life, after which a rank is taken for dead.
         log_format, log_level: as `logs.configure_logging` takes them.
     """
 
@@ -64,6 +68,9 @@ class CoreConfig:
     engine_cache_bytes: int = 0
     offload: Offload = "none"
     storage_dtype: StorageDtype = "none"
+    shard: str = "none"
+    shard_weights: ShardWeights = "none"
+    rank_timeout_seconds: float = 60.0
     log_format: Literal["console", "json"] = "console"
     log_level: str = "info"
 
@@ -84,6 +91,7 @@ class ModelInfo:
         variant: file name of the model variant that is fused into the transformer; empty for none.
         buckets: most rows, and tokens of each, of the only shapes that run; empty where all do.
         state_bytes: that requests may hold together, beside what a forward or a decode works with; 0 is no bound.
+        ranks: that share the work.
     """
 
     name: str
@@ -104,6 +112,7 @@ class ModelInfo:
     variant: str = ""
     buckets: tuple[tuple[int, int], ...] = ()
     state_bytes: int = 0
+    ranks: int = 1
 
 
 @dataclass(frozen=True)
@@ -423,10 +432,14 @@ class Stepped:
         requests: one of each request, in the order of the call. A Failure is that request's own, such as NaN in its
             latents, and the others went on; what fails the forward as a whole answers Failure instead of Stepped, and
             then no request has changed.
+        communication_seconds: of them, that the first rank spent in exchanges with others.
+        communication_bytes: that it sent them.
     """
 
     seconds: float
     requests: tuple[RequestStepped | Failure, ...]
+    communication_seconds: float = 0.0
+    communication_bytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -48,9 +48,20 @@ def check_engine(engine: str, offload: Offload, storage_dtype: StorageDtype) -> 
     return TORCH
 
 
-def checked(config: CoreConfig) -> CoreConfig:
-    """The settings with the engine of `check_engine`, which says what it raises."""
-    return replace(config, engine=check_engine(config.engine, config.offload, config.storage_dtype))
+def checked(config: CoreConfig, sharded: bool = False) -> CoreConfig:
+    """The settings with the engine of `check_engine`, which says what it raises; sharded blocks run on torch too."""
+    engine = check_engine(config.engine, config.offload, config.storage_dtype)
+    if sharded and engine not in (AUTO, TORCH):
+        raise ModelError(
+            f"shard, engine: ranks share the work of the engine torch alone, and engine is {engine}; set engine to "
+            "torch, or shard to none"
+        )
+    return replace(config, engine=TORCH if sharded else engine)
+
+
+def on_host(config: CoreConfig) -> bool:
+    """Whether blocks are loaded into the host's memory, to come to the device a part at a time."""
+    return config.offload == "blocks" or config.storage_dtype != "none" or config.shard_weights != "none"
 
 
 def storage_note(storage_dtype: StorageDtype) -> str:

@@ -5,11 +5,14 @@ This module is imported by the front to spawn from, so it brings in torch only i
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import multiprocessing
 import os
 import signal
 import threading
+import time
+from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
@@ -19,7 +22,7 @@ import numpy as np
 from structlog.contextvars import bound_contextvars
 
 from cinecat.engines.checkpoint import find_checkpoint
-from cinecat.engines.errors import EngineError, ModelError, NoFreeSlot, OutOfMemory
+from cinecat.engines.errors import EngineError, ModelError, NoFreeSlot, OutOfMemory, RanksLost
 from cinecat.engines.logs import configure_logging
 from cinecat.engines.messages import (
     Answer,
@@ -28,6 +31,7 @@ from cinecat.engines.messages import (
     CoreConfig,
     Decode,
     Failure,
+    Notice,
     Ready,
     Release,
     Released,
@@ -44,6 +48,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_LAST_WORDS_SECONDS = 2.0
+
 
 def run_core(connection: Connection, config: CoreConfig) -> None:
     """Body of the process: loads the model, says Ready after any notices, then answers calls until the pipe closes."""
@@ -53,17 +59,25 @@ def run_core(connection: Connection, config: CoreConfig) -> None:
     _die_with_parent()
     # transformers warns that there is no torchvision, which nothing here uses.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    pipe = _Pipe(connection)
     try:
         # Before torch is loaded, so that a wrong folder or file is refused at once.
         variant = find_variant(config.model_variant)
         checkpoint = find_checkpoint(config.model)
         from cinecat.engines.core import EngineCore
 
-        core = EngineCore(checkpoint, config, variant, connection.send)
+        core = EngineCore(checkpoint, config, variant, pipe.send, pipe.last_words)
     except Exception as error:
-        connection.send(_failure(error))
+        pipe.send(_failure(error))
         return
-    connection.send(Ready(core.model_info))
+    pipe.send(Ready(core.model_info))
+    try:
+        _serve(core, connection, pipe)
+    finally:
+        core.close()
+
+
+def _serve(core: EngineCore, connection: Connection, pipe: _Pipe) -> None:
     while True:
         try:
             call: Call = connection.recv()
@@ -72,12 +86,38 @@ def run_core(connection: Connection, config: CoreConfig) -> None:
         with bound_contextvars(process="core", **_jobs_of(call)):
             try:
                 answer = _answer(core, call)
+            except RanksLost as error:
+                log.error("ranks are out of step: %s", error)
+                # A rank that failed may have said why, which another thread tells. Else the pipe's end is the answer.
+                time.sleep(_LAST_WORDS_SECONDS)
+                if isinstance(error.__cause__, Exception):
+                    pipe.last_words(_failure(error.__cause__))
+                return
             except Exception as error:
                 answer = _failure(error)
-        connection.send(answer)
+        pipe.send(answer)
         if isinstance(answer, Failure) and answer.fatal:
             # After a device error every later result is in doubt: a new process is the only clean state.
             return
+
+
+class _Pipe:
+    """What is said to the front, by one thread at a time."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._lock = threading.Lock()
+
+    def send(self, answer: Answer | Notice) -> None:
+        with self._lock:
+            self._connection.send(answer)
+
+    def last_words(self, words: Failure | None) -> None:
+        """Ends the process, whatever its main thread does, since a rank is gone."""
+        with self._lock, contextlib.suppress(OSError):
+            if words is not None and words.kind == "memory":
+                self._connection.send(replace(words, fatal=True))
+        os._exit(1)
 
 
 def _jobs_of(call: Call) -> dict[str, str | tuple[str, ...]]:

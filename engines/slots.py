@@ -105,6 +105,7 @@ class StyleSlots:
         dtype: torch.dtype,
         ignored: Container[str] = frozenset(),
         device: torch.device | None = None,
+        written: Callable[[int], None] = lambda slot: None,
     ) -> None:
         """Replaces the target linears of `blocks` and allocates the banks.
 
@@ -114,7 +115,9 @@ class StyleSlots:
             max_rank: rank of a slot.
             ignored: modules that a style's file may change without effect, as in `other_targets`.
             device: of the banks; None is that of the weights.
+            written: hears which slot has got another style.
         """
+        self._written = written
         self.count = slots
         self._max_rank = max_rank
         self._ignored = ignored
@@ -131,9 +134,7 @@ class StyleSlots:
             layers = [_linear(block, target) for block in blocks]
             first = layers[0]
             where = device or first.weight.device
-            bank_a = torch.zeros(len(layers), slots + 1, max_rank, first.in_features, dtype=dtype, device=where)
-            bank_b = torch.zeros(len(layers), slots + 1, first.out_features, max_rank, dtype=dtype, device=where)
-            self._banks[target] = (bank_a, bank_b)
+            bank_a, bank_b = self._banks[target] = empty_bank(blocks, target, slots, max_rank, dtype, where)
             for index, block in enumerate(blocks):
                 block.set_submodule(target, SlottedLinear(layers[index], bank_a[index], bank_b[index], self._rows))
                 self.targets[f"blocks.{index}.{target}"] = (first.in_features, first.out_features)
@@ -164,6 +165,7 @@ class StyleSlots:
             if evicted is not None:
                 del self._resident[evicted]
             self._write(slot, [(factors[name], 1.0 if alone else weight) for name, weight in active.items()])
+            self._written(slot)
             self._resident[key] = slot
             self._count(evictions=evicted is not None, swap_seconds=(time.perf_counter() - started,))
         else:
@@ -283,6 +285,18 @@ class StyleSlots:
                 bank_a[int(layer), slot, start:end].copy_(a)
                 bank_b[int(layer), slot, :, start:end].copy_(b * weight)
                 used[path] = end
+
+
+def empty_bank(
+    blocks: nn.ModuleList, target: str, slots: int, max_rank: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Banks A and B of a target over all layers, with no style in any slot."""
+    first = _linear(blocks[0], target)
+    layers = len(blocks)
+    return (
+        torch.zeros(layers, slots + 1, max_rank, first.in_features, dtype=dtype, device=device),
+        torch.zeros(layers, slots + 1, first.out_features, max_rank, dtype=dtype, device=device),
+    )
 
 
 def bank_bytes(blocks: nn.ModuleList, slots: int, max_rank: int, dtype: torch.dtype) -> int:

@@ -316,6 +316,9 @@ def _core_config(settings: Settings) -> CoreConfig:
         engine_cache_bytes=round(settings.engine_cache_gib * 2**30),
         offload=settings.offload,
         storage_dtype=settings.storage_dtype,
+        shard=settings.shard,
+        shard_weights=settings.shard_weights,
+        rank_timeout_seconds=settings.rank_timeout_seconds,
         log_format=settings.log_format,
         log_level=settings.log_level,
     )

@@ -131,7 +131,7 @@ class Renderer:
             await note_profile(renderings[0].live, path)
         else:
             self.costs.observe_step(shape, sum(each.rows for each in renderings), stepped.seconds)
-        self.metrics.stepped([each.live.job.clip for each in renderings], shape, stepped.seconds)
+        self.metrics.stepped([each.live.job.clip for each in renderings], shape, stepped)
         return stepped
 
 

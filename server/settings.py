@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator
 
 from cinecat.engines.backends.store_folder import DEFAULT_MAX_GIB, default_engine_folder
+from cinecat.engines.sharding.layout import parse_layout
 from cinecat.server.database import check_url, masked
 
 ENVIRONMENT_PREFIX = "CINECAT_"
@@ -93,6 +94,22 @@ class Settings(BaseModel):
     )
     storage_dtype: Literal["none", "float8_e4m3fn"] = Field(
         "none", description="of the blocks' matrices while they do not work; lossy, and for the engine torch"
+    )
+    shard: str = Field(
+        "none",
+        description="how GPUs, or processes of a CPU, share a replica's work: ulysses=N, ring=N and cfg=2 with ',' "
+        "between them, whose product is their number; none is one; auto chooses by the GPUs and the size of clips",
+    )
+    shard_weights: Literal["none", "fsdp"] = Field(
+        "none",
+        description="of the blocks: whole on every rank, or with fsdp spread over the ulysses x ring ranks, for models "
+        "that do not fit one card",
+    )
+    rank_timeout_seconds: float = Field(
+        60.0,
+        ge=1,
+        le=3600,
+        description="without a sign of life, after which a rank is taken for dead and its replica starts anew",
     )
     threads: int = Field(0, ge=0, le=1024, description="CPU threads of the engine core; 0 leaves it to torch")
     style_slots: int = Field(8, ge=1, le=1024, description="styles resident at once")
@@ -204,6 +221,12 @@ class Settings(BaseModel):
     def _are_sizes(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for word in value:
             clip_size(word)
+        return value
+
+    @field_validator("shard")
+    @classmethod
+    def _is_a_layout(cls, value: str) -> str:
+        parse_layout(value)
         return value
 
     @field_validator("page_keys")

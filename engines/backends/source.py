@@ -26,8 +26,11 @@ class EngineSource:
     is built by another process meanwhile; where they may not, it has to be built before the server starts.
     """
 
-    def __init__(self, stack: WanStack, spec: EngineSpec, config: CoreConfig) -> None:
+    def __init__(self, stack: WanStack, spec: EngineSpec, config: CoreConfig, eager: Engine | None = None) -> None:
         """Takes the engine from the cache, or begins to build it.
+
+        Args:
+            eager: the engine torch, where that is more than the stack as it is.
 
         Raises:
             ModelError: the backend cannot run here, or its engine has to be built first.
@@ -36,7 +39,7 @@ class EngineSource:
         self._news: list[EngineNews | EngineCacheEvent] = []
         # As long as this lives, what it took is not pruned.
         self._store = open_store(config, self._heard)
-        self._torch: TorchEngine | None = TorchEngine(stack)
+        self._torch: Engine | None = eager or TorchEngine(stack)
         self._built: Engine | None = None
         self._build: BackgroundBuild | None = None
         if config.engine == TORCH:

@@ -7,7 +7,8 @@ ready, rotations are real arithmetic without in-place writes, and styles are inp
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +19,28 @@ from cinecat.engines.backends.contract import STYLED_TARGETS, StackInputs
 LayerBanks = dict[str, tuple[Tensor, Tensor]]
 """Banks A [slots + 1, rank, in] and B [slots + 1, out, rank] of one layer, by target."""
 
+Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+"""As `attention`, which it stands in for."""
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+    """Attention over [rows, n, heads, head_dim], with a bias [rows, keys] per key."""
+    mask = None if bias is None else bias[:, None, None]
+    query, key, value = (states.transpose(1, 2) for states in (query, key, value))
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2)
+
 
 class WanStackBlock(nn.Module):
     """One block, over the weights of a diffusers block; its q, k and v of self-attention become parts of one tensor,
     which the diffusers block then reads too.
     """
 
-    def __init__(self, block: Any) -> None:
+    def __init__(self, block: Any, attend: Attend = attention) -> None:
+        """Args:
+        attend: self-attention of the block.
+        """
         super().__init__()
+        self._attend = attend
         own, cross = block.attn1, block.attn2
         self.heads = own.heads
         self.eps = block.norm1.eps
@@ -69,7 +84,7 @@ class WanStackBlock(nn.Module):
         key = self.norm_k(worn.add("attn1.to_k", hidden, key))
         value = worn.add("attn1.to_v", hidden, value)
         attended = _merge_heads(
-            _attention(
+            self._attend(
                 _rotate(self._heads(query), rope_cos, rope_sin),
                 _rotate(self._heads(key), rope_cos, rope_sin),
                 self._heads(value),
@@ -81,8 +96,8 @@ class WanStackBlock(nn.Module):
 
         hidden = self.norm_cross(tokens.float()).type_as(tokens)
         query = self._heads(self.cross_norm_q(worn.add("attn2.to_q", hidden, _apply(self.cross_q, hidden))))
-        attended = _attention(query, self._heads(text_keys), self._heads(text_values), text_bias)
-        attended = attended + _attention(query, self._heads(image_keys), self._heads(image_values), None)
+        attended = attention(query, self._heads(text_keys), self._heads(text_values), text_bias)
+        attended = attended + attention(query, self._heads(image_keys), self._heads(image_values), None)
         attended = _merge_heads(attended)
         tokens = tokens + worn.add("attn2.to_out.0", attended, _apply(self.cross_out, attended))
 
@@ -146,9 +161,12 @@ def add_styles(
 class WanStack(nn.Module):
     """All blocks of a transformer, sharing its weights."""
 
-    def __init__(self, transformer: Any) -> None:
+    def __init__(self, transformer: Any, attend: Attend = attention) -> None:
+        """Args:
+        attend: self-attention of the blocks.
+        """
         super().__init__()
-        self.blocks = nn.ModuleList(WanStackBlock(block) for block in transformer.blocks)
+        self.blocks = nn.ModuleList(WanStackBlock(block, attend) for block in transformer.blocks)
 
     @property
     def device(self) -> torch.device:
@@ -229,13 +247,6 @@ def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     even, odd = states.view(*states.shape[:-1], -1, 2).unbind(-1)
     cos, sin = cos[:, :, None], sin[:, :, None]
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(states)
-
-
-def _attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
-    """Attention over [rows, n, heads, head_dim], with a bias [rows, keys] per key."""
-    mask = None if bias is None else bias[:, None, None]
-    query, key, value = (states.transpose(1, 2) for states in (query, key, value))
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2)
 
 
 def _merge_heads(states: Tensor) -> Tensor:

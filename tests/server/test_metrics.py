@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, generate_latest
 
-from cinecat.engines.messages import StageTime, StepShape
+from cinecat.engines.messages import StageTime, Stepped, StepShape
 from cinecat.server.labels import jobs_label, tokens_label
 from cinecat.server.lifecycle import FINAL_STATES, state_name
 from cinecat.server.metrics import MOST_STYLES, MOST_TENANTS, QUANTA, Metrics
@@ -149,7 +149,7 @@ def test_series_stay_few_however_many_names_come() -> None:
         metrics.job_moved(before, job)
         before.CopyFrom(job)
         shape = StepShape("torch", random.randrange(1, 700_000))
-        metrics.stepped([job.clip] * random.randrange(1, 257), shape, random.random())
+        metrics.stepped([job.clip] * random.randrange(1, 257), shape, Stepped(random.random(), ()))
         metrics.charged(f"tenant-{number}", job.clip, 1.0)
         job.state = random.choice(list(FINAL_STATES))
         metrics.job_moved(before, job)
@@ -171,7 +171,7 @@ def test_a_scrape_of_every_series_that_there_can_be_stays_small() -> None:
     empty = len(generate_latest(registry))
     clips = [clip_pb2.ClipSpec(tokenization=clip_pb2.Tokenization(mode=mode)) for mode in (1, 2)]
     for clip, power, jobs in itertools.product(clips, range(25), range(1, 257)):
-        metrics.stepped([clip] * jobs, StepShape("torch", 1 << power), 1.0)
+        metrics.stepped([clip] * jobs, StepShape("torch", 1 << power), Stepped(1.0, ()))
     for number in range(1_000):
         clip = clip_pb2.ClipSpec()
         clip.styles.add(name=f"style-{number}".ljust(64, "x"), strength=1.0)

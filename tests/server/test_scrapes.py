@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
 
-from cinecat.engines.messages import CoreMemory, SlotUse, StepShape
+from cinecat.engines.messages import CoreMemory, SlotUse, Stepped, StepShape
 from cinecat.server.metrics import Metrics
 from cinecat.server.scrapes import ENOUGH_JOBS, ENOUGH_STEPS, History, NotMetrics, Scrape, Window, figures
 from cinecat.v1 import clip_pb2
@@ -35,7 +35,7 @@ class Server:
     def steps(self, number: int, mode: clip_pb2.Tokenization.Mode.ValueType, tokens: int, together: int = 1) -> None:
         clip = clip_pb2.ClipSpec(tokenization=clip_pb2.Tokenization(mode=mode))
         for _ in range(number):
-            self.metrics.stepped([clip] * together, StepShape("torch", tokens), 0.5)
+            self.metrics.stepped([clip] * together, StepShape("torch", tokens), Stepped(0.5, ()))
             for _ in range(together):
                 self.metrics.denoised(clip, tokens, 320)
 

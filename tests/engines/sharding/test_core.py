@@ -1,0 +1,160 @@
+"""A core whose work is shared by ranks computes what one does alone."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cinecat.engines.checkpoint import find_checkpoint
+from cinecat.engines.core import EngineCore
+from cinecat.engines.errors import ModelError
+from cinecat.engines.messages import Cat, CoreConfig, Failure, Shot, StyleUse
+from cinecat.engines.tiny import build_tiny
+from tests.engines.conftest import MICRO
+
+SHOT = Shot(
+    job_id="a",
+    image=np.random.default_rng(0).integers(0, 256, (80, 48, 3), dtype=np.uint8),
+    prompt="a cat",
+    negative_prompt="blurry",
+    frames=9,
+    steps=4,
+    guidance_scale=4.0,
+    seed=5,
+    styles=(),
+)
+"""45 tokens a row, which no number of ranks but 3 and 5 divides."""
+
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+@pytest.fixture(scope="module")
+def four_heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoints") / "four-heads"
+    build_tiny(folder, replace(MICRO, heads=4, head_dim=12))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sharded_config(config: CoreConfig, four_heads: Path) -> CoreConfig:
+    return replace(config, model=str(four_heads), threads=1, rank_timeout_seconds=60.0)
+
+
+@pytest.fixture(scope="module")
+def alone(sharded_config: CoreConfig) -> EngineCore:
+    return EngineCore(find_checkpoint(sharded_config.model), sharded_config)
+
+
+@pytest.fixture(scope="module")
+def styles(tmp_path_factory: pytest.TempPathFactory, alone: EngineCore) -> tuple[StyleUse, ...]:
+    """Strong enough that a rank without them would be seen."""
+    found = []
+    for seed in range(3):
+        draw, tensors = torch.Generator().manual_seed(seed), {}
+        for target, (n, m) in alone.model_info.style_targets.items():
+            tensors[f"transformer.{target}.lora_A.weight"] = torch.randn(2, n, generator=draw) / n**0.5
+            tensors[f"transformer.{target}.lora_B.weight"] = torch.randn(m, 2, generator=draw) / 4
+        path = tmp_path_factory.mktemp("styles") / f"{seed}.safetensors"
+        save_file(tensors, path)
+        found.append(StyleUse(str(path), hashlib.sha256(path.read_bytes()).hexdigest(), 1.0))
+    return tuple(found)
+
+
+@contextmanager
+def sharded(config: CoreConfig, shard: str, **changes: object) -> Iterator[EngineCore]:
+    def lost(words: Failure | None) -> None:
+        raise AssertionError(f"a rank is gone: {words}")
+
+    changed = replace(config, shard=shard, **changes)  # type: ignore[arg-type]
+    core = EngineCore(find_checkpoint(config.model), changed, lost=lost)
+    try:
+        yield core
+    finally:
+        core.close()
+
+
+def latents(core: EngineCore, *shots: Shot) -> list[Tensor]:
+    """Final latents of shots that take their steps together."""
+    for shot in shots:
+        core.condition(shot)
+    for _ in range(shots[0].steps):
+        core.step([shot.job_id for shot in shots])
+    found = [core._requests[shot.job_id].latents for shot in shots]
+    for shot in shots:
+        core.release(shot.job_id)
+    return found
+
+
+def assert_equal_to_one(core: EngineCore, alone: EngineCore, styles: tuple[StyleUse, ...]) -> None:
+    """On both paths, with and without guidance, and with other styles in one forward, in more slots than there are."""
+    first, second, third = styles
+    shots = [
+        SHOT,
+        replace(SHOT, guidance_scale=1.0),
+        replace(SHOT, styles=(first,)),
+        replace(SHOT, cat=Cat(keep_ratio=0.6), styles=(replace(second, strength=0.5),)),
+        replace(SHOT, styles=(first, replace(third, strength=-0.7))),
+    ]
+    for shot in shots:
+        (expected,), (found,) = latents(alone, shot), latents(core, shot)
+        torch.testing.assert_close(found, expected, **CLOSE)
+    plain = latents(alone, SHOT)[0]
+    assert not torch.allclose(plain, latents(core, shots[2])[0], atol=1e-2)
+    mixed = (
+        replace(SHOT, job_id="a", styles=(first,)),
+        replace(SHOT, job_id="b", styles=(second,), seed=6, prompt="two dogs on a hill, in the rain"),
+        replace(SHOT, job_id="c", guidance_scale=1.0, seed=7),
+    )
+    for expected, found in zip(latents(alone, *mixed), latents(core, *mixed), strict=True):
+        torch.testing.assert_close(found, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("shard", ["ulysses=2"])
+def test_two_ranks(sharded_config: CoreConfig, alone: EngineCore, styles: tuple[StyleUse, ...], shard: str) -> None:
+    with sharded(sharded_config, shard) as core:
+        assert_equal_to_one(core, alone, styles)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "shard", ["ring=2", "cfg=2", "ulysses=4", "ring=4", "ulysses=2,ring=2", "ulysses=2,cfg=2", "ring=2,cfg=2", "ring=3"]
+)
+def test_more_layouts(sharded_config: CoreConfig, alone: EngineCore, styles: tuple[StyleUse, ...], shard: str) -> None:
+    with sharded(sharded_config, shard) as core:
+        assert_equal_to_one(core, alone, styles)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes", [{"shard_weights": "fsdp"}, {"offload": "blocks"}, {"storage_dtype": "float8_e4m3fn"}]
+)
+def test_weights_kept_otherwise(
+    sharded_config: CoreConfig, styles: tuple[StyleUse, ...], changes: dict[str, str]
+) -> None:
+    kept = {} if "shard_weights" in changes else changes
+    alone = EngineCore(find_checkpoint(sharded_config.model), replace(sharded_config, **kept))  # type: ignore[arg-type]
+    with sharded(sharded_config, "ulysses=2", **changes) as core:
+        assert_equal_to_one(core, alone, styles)
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"shard": "ulysses=3"}, "shard: ulysses=3 does not divide the model's 4 heads; 1, 2, 4 do"),
+        ({"shard": "ulysses=2", "engine": "onnxruntime"}, "shard, engine: .* set engine to torch, or shard to none"),
+        ({"shard_weights": "fsdp"}, "shard_weights: fsdp spreads weights over ulysses x ring ranks, and shard is none"),
+        ({"shard": "ring=2", "shard_weights": "fsdp", "offload": "blocks"}, "shard_weights, offload, storage_dtype"),
+    ],
+)
+def test_settings_that_do_not_go_together(sharded_config: CoreConfig, changes: dict[str, str], problem: str) -> None:
+    with pytest.raises(ModelError, match=problem):
+        EngineCore(find_checkpoint(sharded_config.model), replace(sharded_config, **changes))  # type: ignore[arg-type]
