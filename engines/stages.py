@@ -22,7 +22,7 @@ from cinecat.engines.vae_tiles import Pasts, Tiling, plan_tiling, remembered, wh
 
 TEXT_TOKENS = 512
 
-_ROUNDED_UP = 1.05
+ROUNDED_UP = 1.05
 """Of what a decoder is counted to hold, 1 % more was measured on a small model."""
 
 
@@ -140,10 +140,7 @@ class ClipDecoder:
         Args:
             tiling: as `vae_tiling` gives it; None cuts nothing.
         """
-        scaled = latents.to(vae.dtype)
-        mean, inverse_std = latent_statistics(vae, scaled)
-        frames = (scaled / inverse_std + mean)[0].transpose(0, 1)
-        return cls(vae, frames, tiling or whole_frame(*latents.shape[3:]))
+        return cls(vae, latents_for_decoder(vae, latents), tiling or whole_frame(*latents.shape[3:]))
 
     @property
     def total_frames(self) -> int:
@@ -159,8 +156,7 @@ class ClipDecoder:
         video = self._decode(latent)
         self.latent_frame += 1
         self.frame += len(video)
-        unit = (video.float().clamp(-1.0, 1.0) / 2 + 0.5).clamp(0.0, 1.0)
-        return unit.permute(0, 2, 3, 1).contiguous()
+        return finished_frames(video.permute(0, 2, 3, 1))
 
     def _decode(self, latent: Tensor) -> Tensor:
         if self._pasts is None:
@@ -176,6 +172,20 @@ class ClipDecoder:
         return video
 
 
+def latents_for_decoder(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
+    """As the decoder's layers take them, [latent frames, 16, h, w] in the VAE's dtype, of denoised latents
+    [1, 16, latent frames, h, w].
+    """
+    scaled = latents.to(vae.dtype)
+    mean, inverse_std = latent_statistics(vae, scaled)
+    return (scaled / inverse_std + mean)[0].transpose(0, 1)
+
+
+def finished_frames(video: Tensor) -> Tensor:
+    """Float32 in [0, 1] of what the decoder's layers give, [count, height, width, 3] in the VAE's dtype."""
+    return (video.float().clamp(-1.0, 1.0) / 2 + 0.5).clamp(0.0, 1.0).contiguous()
+
+
 def decoder_bytes(vae: AutoencoderKLWan, latents: Tensor, tiling: Tiling) -> int:
     """What a ClipDecoder holds between two chunks: the latents, and what layers remember of whole frames. Tiles wait in
     a file, and leave only their weights in memory.
@@ -185,7 +195,7 @@ def decoder_bytes(vae: AutoencoderKLWan, latents: Tensor, tiling: Tiling) -> int
     if tiling.whole:
         values += int(remembered(decoder_layers(vae), stride) * latents[0, 0, 0].numel() * stride**2)
     values += sum((row[1] - row[0]) * (column[1] - column[0]) for row, column in tiling.tiles) * stride**2
-    return int(_ROUNDED_UP * values) * int(vae.dtype.itemsize)
+    return int(ROUNDED_UP * values) * int(vae.dtype.itemsize)
 
 
 def latent_statistics(vae: AutoencoderKLWan, like: Tensor) -> tuple[Tensor, Tensor]:

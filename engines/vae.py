@@ -5,12 +5,15 @@ convolution's reads are contiguous. A causal convolution over 3 frames is one 2D
 which every device has fast kernels (torch's own 3D convolution takes fifteen times as long on a CPU without AVX-512).
 Frames before the first are zero, so the first needs a third of the weights. Where the input of a layer stands still,
 so does its output some frames later, and the layer stops computing.
+
+On several ranks, a decoder's layers have a band of the picture's rows; what they ask of the other bands is `Bands`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from typing import Protocol
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -41,6 +44,18 @@ def lay_out(vae: AutoencoderKLWan) -> AutoencoderKLWan:
     return vae
 
 
+class Bands(Protocol):
+    """The other bands of the picture, to layers that have one. All bands ask the same things in the same order."""
+
+    def widened(self, frames: Tensor) -> Tensor:
+        """Frames [t, C, h, w] with the row above and the row below them, [t, C, h + 2, w] in the channels-last format;
+        zeros beyond the picture.
+        """
+
+    def joined(self, pixels: Tensor) -> Tensor:
+        """The pixels of all bands, [..., all pixels, C], of those of this band, [..., pixels, C]."""
+
+
 class Layer(ABC):
     """A part of a coder, with what it remembers of its stream."""
 
@@ -61,6 +76,9 @@ class Layer(ABC):
 class Memory(Layer):
     """A layer that remembers the last frames that it has read."""
 
+    halo = 0
+    """Rows above and below each of its own that it reads."""
+
     def __init__(self, channels: int) -> None:
         self.channels = channels
         self.past: Tensor | None = None
@@ -72,25 +90,33 @@ class Memory(Layer):
 class CausalConv(Memory):
     """A convolution over a frame and `reach` before it (WanCausalConv3d of stride 1)."""
 
-    def __init__(self, conv: nn.Conv3d) -> None:
+    def __init__(self, conv: nn.Conv3d, bands: Bands | None = None) -> None:
         weight = conv.weight
         super().__init__(weight.shape[1])
         self.reach = weight.shape[2] - 1
         self._weight = _channels_last(weight.transpose(1, 2).flatten(1, 2))
         self._present = weight[:, :, -1]  # a view; a stream needs it once
         self._bias = conv.bias
-        self._padding = weight.shape[3] // 2
+        self.halo = weight.shape[3] // 2
+        self._bands = bands if self.halo else None
+        self._padding = (0 if self._bands else self.halo, self.halo)
 
     def __call__(self, frames: Tensor) -> Tensor:
+        return self._over(frames if self._bands is None else self._bands.widened(frames))
+
+    def memories(self) -> list[Memory]:
+        return [self] if self.reach else []
+
+    def _over(self, frames: Tensor) -> Tensor:
         if not self.reach:
             return self._convolved(frames, self._present)
         if self.past is None:
             zeros = torch.zeros_like(frames[:1])
             self.past = torch.cat([zeros] * (self.reach - 1) + [frames[:1]])
             first = self._convolved(frames[:1], _channels_last(self._present))
-            return first if len(frames) == 1 else torch.cat([first, self(frames[1:])])
+            return first if len(frames) == 1 else torch.cat([first, self._over(frames[1:])])
         if len(frames) > 1 and frames.nbytes * (self.reach + 1) > WINDOW_BYTES:
-            return torch.cat([self(frame[None]) for frame in frames])
+            return torch.cat([self._over(frame[None]) for frame in frames])
         # As [height, width, channels], which torch.cat copies in long runs.
         seen = [*self.past.permute(0, 2, 3, 1), *frames.permute(0, 2, 3, 1)]
         self.past = torch.stack(seen[-self.reach :]).permute(0, 3, 1, 2)
@@ -99,9 +125,6 @@ class CausalConv(Memory):
         for index, window in enumerate(windows):
             torch.cat(seen[index : index + self.reach + 1], dim=-1, out=window)
         return self._convolved(windows.permute(0, 3, 1, 2), self._weight)
-
-    def memories(self) -> list[Memory]:
-        return [self] if self.reach else []
 
     def _convolved(self, frames: Tensor, weight: Tensor) -> Tensor:
         return functional.conv2d(frames, weight, self._bias, padding=self._padding)
@@ -165,16 +188,21 @@ class DoubledSize(Layer):
     so four kernels of 2x2 over the small frame do what one of 3x3 does over the large one, in 4/9 of the work.
     """
 
-    def __init__(self, conv: nn.Conv2d) -> None:
+    def __init__(self, conv: nn.Conv2d, bands: Bands | None = None) -> None:
         weight = conv.weight
+        self.channels = weight.shape[1]
         parts = weight.new_tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])
         kernels = torch.einsum("ayk,bxl,oikl->aboiyx", parts, parts, weight)
         self._weight = _channels_last(kernels.flatten(0, 2))
         self._bias = None if conv.bias is None else conv.bias.repeat(4)
+        self._bands = bands
+        self._padding = (0 if bands else 1, 1)
 
     def __call__(self, frames: Tensor) -> Tensor:
         count, _, height, width = frames.shape
-        corners = torch.unflatten(functional.conv2d(frames, self._weight, self._bias, padding=1), 1, (2, 2, -1))
+        seen = frames if self._bands is None else self._bands.widened(frames)
+        convolved = functional.conv2d(seen, self._weight, self._bias, padding=self._padding)
+        corners = torch.unflatten(convolved, 1, (2, 2, -1))
         large = _empty((count, corners.shape[3], 2 * height, 2 * width), frames)
         for row in (0, 1):
             for column in (0, 1):
@@ -186,9 +214,9 @@ class DoubledSize(Layer):
 class NormedConv(Layer):
     """Norm over channels, SiLU, and a causal convolution."""
 
-    def __init__(self, norm: WanRMS_norm, conv: nn.Conv3d) -> None:
+    def __init__(self, norm: WanRMS_norm, conv: nn.Conv3d, bands: Bands | None = None) -> None:
         self._norm = norm
-        self._conv = CausalConv(conv)
+        self._conv = CausalConv(conv, bands)
         self.reach = self._conv.reach
 
     def __call__(self, frames: Tensor) -> Tensor:
@@ -201,9 +229,9 @@ class NormedConv(Layer):
 class Residual(Layer):
     """WanResidualBlock."""
 
-    def __init__(self, block: WanResidualBlock) -> None:
-        self._first = NormedConv(block.norm1, block.conv1)
-        self._second = NormedConv(block.norm2, block.conv2)
+    def __init__(self, block: WanResidualBlock, bands: Bands | None = None) -> None:
+        self._first = NormedConv(block.norm1, block.conv1, bands)
+        self._second = NormedConv(block.norm2, block.conv2, bands)
         self._shortcut = None if isinstance(block.conv_shortcut, nn.Identity) else CausalConv(block.conv_shortcut)
         self.reach = self._first.reach + self._second.reach
 
@@ -218,14 +246,19 @@ class Residual(Layer):
 class Attention(Layer):
     """WanAttentionBlock: one head over the pixels of each frame."""
 
-    def __init__(self, block: WanAttentionBlock) -> None:
+    def __init__(self, block: WanAttentionBlock, bands: Bands | None = None) -> None:
+        self.channels = block.dim
         self._block = block
+        self._bands = bands
 
     def __call__(self, frames: Tensor) -> Tensor:
         _, channels, height, width = frames.shape
         pixels = _normed(self._block.norm, frames).permute(0, 2, 3, 1).flatten(1, 2)[:, None]
         qkv = functional.linear(pixels, self._block.to_qkv.weight.flatten(1), self._block.to_qkv.bias)
-        query, key, value = torch.split(qkv, channels, dim=-1)
+        query, others = torch.split(qkv, [channels, 2 * channels], dim=-1)
+        if self._bands is not None:
+            others = self._bands.joined(others)
+        key, value = torch.split(others, channels, dim=-1)
         mixed = functional.scaled_dot_product_attention(query, key, value)[:, 0]
         out = functional.linear(mixed, self._block.proj.weight.flatten(1), self._block.proj.bias)
         return torch.unflatten(out, 1, (height, width)).permute(0, 3, 1, 2) + frames
@@ -247,8 +280,11 @@ def encoder_layers(vae: AutoencoderKLWan) -> list[Layer]:
     ]
 
 
-def decoder_layers(vae: AutoencoderKLWan) -> list[Layer]:
+def decoder_layers(vae: AutoencoderKLWan, bands: Bands | None = None) -> list[Layer]:
     """From latents [t, 16, h, w] to frames [t', 3, 8 h, 8 w]; the first latent frame must come alone.
+
+    Args:
+        bands: the picture's other bands, where these layers get only one; None where they get the whole picture.
 
     Raises:
         ModelError: the VAE is not built like Wan2.1's.
@@ -256,10 +292,10 @@ def decoder_layers(vae: AutoencoderKLWan) -> list[Layer]:
     decoder = vae.decoder
     return [
         CausalConv(vae.post_quant_conv),
-        CausalConv(decoder.conv_in),
-        *_layers(vae, [decoder.mid_block]),
-        *_layers(vae, decoder.up_blocks),
-        NormedConv(decoder.norm_out, decoder.conv_out),
+        CausalConv(decoder.conv_in, bands),
+        *_layers(vae, [decoder.mid_block], bands),
+        *_layers(vae, decoder.up_blocks, bands),
+        NormedConv(decoder.norm_out, decoder.conv_out, bands),
     ]
 
 
@@ -298,19 +334,19 @@ class Stream:
         return frames
 
 
-def _layers(vae: AutoencoderKLWan, modules: Iterable[nn.Module]) -> list[Layer]:
+def _layers(vae: AutoencoderKLWan, modules: Iterable[nn.Module], bands: Bands | None = None) -> list[Layer]:
     found: list[Layer] = []
     for module in modules:
         if isinstance(module, WanResidualBlock):
-            found.append(Residual(module))
+            found.append(Residual(module, bands))
         elif isinstance(module, WanAttentionBlock):
-            found.append(Attention(module))
+            found.append(Attention(module, bands))
         elif isinstance(module, WanMidBlock):
-            found += _layers(vae, [module.resnets[0]])
+            found += _layers(vae, [module.resnets[0]], bands)
             for attention, block in zip(module.attentions, list(module.resnets)[1:], strict=True):
-                found += _layers(vae, [attention, block])
+                found += _layers(vae, [attention, block], bands)
         elif isinstance(module, WanUpBlock):
-            found += _layers(vae, [*module.resnets, *(module.upsamplers or [])])
+            found += _layers(vae, [*module.resnets, *(module.upsamplers or [])], bands)
         elif isinstance(module, WanResample) and module.mode.startswith("downsample"):
             found.append(HalvedSize(module.resample[1]))
             if module.mode == "downsample3d":
@@ -318,7 +354,7 @@ def _layers(vae: AutoencoderKLWan, modules: Iterable[nn.Module]) -> list[Layer]:
         elif isinstance(module, WanResample) and module.mode.startswith("upsample"):
             if module.mode == "upsample3d":
                 found.append(DoubledRate(module.time_conv))
-            found.append(DoubledSize(module.resample[1]))
+            found.append(DoubledSize(module.resample[1], bands))
         else:
             raise ModelError(f"model: the VAE has a {type(module).__name__}, which Wan2.1's has not")
     return found

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,10 +23,14 @@ OVERLAP = 8
 LEAST_TILE = 32
 """Latents of a tile's side; smaller ones would be nearly all overlap."""
 
-_FRAMES = 4  # in one chunk
-_ALIVE = 6  # tensors of a convolution's input size that are alive at once, at most
-_COPIES = 4  # of a chunk's frames, from blending to the caller
-_SHARE = 0.8  # of what is available: allocators and convolutions take some for themselves
+FRAMES = 4
+"""In one chunk."""
+ALIVE = 6
+"""Tensors of a convolution's input size that are alive at once, at most."""
+COPIES = 4
+"""Of a chunk's frames, from blending to the caller."""
+SHARE = 0.8
+"""Of what is available: allocators and convolutions take some for themselves."""
 
 Span = tuple[int, int]
 
@@ -97,15 +101,15 @@ def plan_tiling(
     whole = whole_frame(height, width)
     if free is None:
         return whole
-    budget = int(free * _SHARE)
+    budget = int(free * SHARE)
 
     def needed(tiling: Tiling) -> int:
         """Bytes for one tile at work and for finished frames."""
         (top, bottom), (left, right) = tiling.rows[0], tiling.columns[0]
         pixels = (bottom - top) * (right - left) * stride**2
-        decoding = (_working(decoder, stride) + remembered(decoder, stride)) * pixels
-        encoding = (_working(encoder, 1) + 1.5 * remembered(encoder, 1)) * pixels
-        finished = _COPIES * 3 * _FRAMES * height * width * stride**2
+        decoding = (working(decoder, stride) + remembered(decoder, stride)) * pixels
+        encoding = (working(encoder, 1) + 1.5 * remembered(encoder, 1)) * pixels
+        finished = COPIES * 3 * FRAMES * height * width * stride**2
         return int(max(decoding, encoding) + finished) * value_bytes + WINDOW_BYTES
 
     tiling = whole
@@ -200,24 +204,25 @@ def _spans(length: int, side: int) -> tuple[Span, ...]:
 
 def remembered(layers: Sequence[Layer], scale: float) -> float:
     """Values that layers remember, for each pixel of full size; `scale` pixels per value along a side at the start."""
-    total = 0.0
-    for layer in layers:
-        total += sum(memory.reach * memory.channels for memory in layer.memories()) / scale**2
-        scale = _scale_after(layer, scale)
-    return total
+    return sum(
+        sum(memory.reach * memory.channels for memory in layer.memories()) / at**2
+        for layer, at in scaled(layers, scale)
+    )
 
 
-def _working(layers: Sequence[Layer], scale: float) -> float:
+def working(layers: Sequence[Layer], scale: float, alive: int = ALIVE) -> float:
     """Values that are alive at once in the layer that takes most, for each pixel of full size."""
-    most = 0.0
+    return max(
+        alive * FRAMES * max((memory.channels for memory in layer.memories()), default=0) / at**2
+        for layer, at in scaled(layers, scale)
+    )
+
+
+def scaled(layers: Sequence[Layer], scale: float) -> Iterator[tuple[Layer, float]]:
+    """Each layer, and how many pixels of full size a value of its input has along a side."""
     for layer in layers:
-        channels = max((memory.channels for memory in layer.memories()), default=0)
-        most = max(most, _ALIVE * _FRAMES * channels / scale**2)
-        scale = _scale_after(layer, scale)
-    return most
-
-
-def _scale_after(layer: Layer, scale: float) -> float:
-    if isinstance(layer, HalvedSize):
-        return scale * 2
-    return scale / 2 if isinstance(layer, DoubledSize) else scale
+        yield layer, scale
+        if isinstance(layer, HalvedSize):
+            scale *= 2
+        elif isinstance(layer, DoubledSize):
+            scale /= 2

@@ -1,11 +1,11 @@
-"""A transformer smaller than any checkpoint, LoRAs for all of its layers, and what it predicts."""
+"""A transformer and a VAE smaller than any checkpoint, LoRAs for the transformer's layers, and what it predicts."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from torch import Tensor
 
 from cinecat.engines.slots import StyleSlots
@@ -36,6 +36,17 @@ def small_transformer() -> WanTransformer3DModel:
             if parameter.ndim == 1:
                 parameter.data += 0.1 * torch.randn_like(parameter)
     return transformer.eval().requires_grad_(False)
+
+
+def small_vae() -> AutoencoderKLWan:
+    """Two residual blocks a level, as in the 14B model, and norms that do something; the same weights every time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        vae = AutoencoderKLWan(base_dim=8, num_res_blocks=2).eval().requires_grad_(False)
+        for name, parameter in vae.named_parameters():
+            if name.endswith("gamma"):
+                parameter.normal_(1.0, 0.3)
+    return vae
 
 
 @torch.no_grad()

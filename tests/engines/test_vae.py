@@ -21,17 +21,13 @@ from cinecat.engines.errors import ModelError
 from cinecat.engines.model import load_vae
 from cinecat.engines.vae import Layer, Stream, decoder_layers, encoder_layers, lay_out
 from cinecat.engines.vae_tiles import Tiling, plan_tiling
+from tests.engines.samples import small_vae
 
 
 @pytest.fixture(scope="module")
 def vae() -> AutoencoderKLWan:
-    """Two residual blocks a level, as in the 14B model, and norms that do something."""
     torch.manual_seed(0)
-    vae = AutoencoderKLWan(base_dim=8, num_res_blocks=2).eval().requires_grad_(False)
-    for name, parameter in vae.named_parameters():
-        if name.endswith("gamma"):
-            parameter.normal_(1.0, 0.3)
-    return vae
+    return small_vae()
 
 
 @pytest.fixture(scope="module")
