@@ -39,27 +39,29 @@ def whole(case: Case) -> list[list[Tensor]]:
     return [[decoder.next_frames() for _ in range(case.shape[2])] for decoder in decoders]
 
 
-def assert_equal(case: Case, seen: Seen) -> None:
+def assert_equal_to_rounding(case: Case, seen: Seen) -> None:
+    """Kernels of convolutions, and with them the order of sums, are chosen by the frame's size among other things."""
     leader, *others = seen
+    bound = 1e-6 if case.dtype == torch.float32 else 1e-2
     for ours, theirs in zip(leader["chunks"], whole(case), strict=True):
         for our, their in zip(ours, theirs, strict=True):
             assert our.shape == their.shape
             assert our.dtype == torch.float32
-            print("differs", float((our - their).abs().max()))
+            assert float((our - their).abs().max()) <= bound
     assert all(chunk is None for other in others for clip in other["chunks"] for chunk in clip)
 
 
 @pytest.mark.timeout(150)
 @pytest.mark.parametrize("name", CASES)
 def test_bands_together_are_what_one_rank_decodes(decoded: dict[str, Seen], name: str) -> None:
-    assert_equal(CASES[name], decoded[name])
+    assert_equal_to_rounding(CASES[name], decoded[name])
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_what_each_rank_sends_is_what_the_formula_says(decoded: dict[str, Seen], name: str) -> None:
     case = CASES[name]
     with torch.device("meta"):
-        vae = case.vae() if case.wan_tiny else AutoencoderKLWan(base_dim=8, num_res_blocks=2).to(case.dtype)
+        vae = case.vae()
     for rank, seen in enumerate(decoded[name]):
         one_clip = bands.sent_bytes(vae, case.shape, rank, len(case.members))
         assert seen["sent"] == {kind: case.clips * size for kind, size in one_clip.items()}
@@ -82,10 +84,9 @@ def test_bands_cover_the_rows_in_order_and_are_as_even_as_can_be() -> None:
 
 def test_a_frame_too_large_for_a_card_fits_in_bands_over_more() -> None:
     with torch.device("meta"):
-        vae = AutoencoderKLWan().to(torch.bfloat16)
-    fitting = [ranks for ranks in (1, 2, 4, 8, 16) if bands.fits_in_bands(vae, 2160, 3840, ranks, 60 * 2**30)]
-    print({ranks: bands.band_needs(vae, 2160, 3840, ranks) / 2**30 for ranks in (1, 2, 4, 8, 16)})
-    assert fitting == [4, 8, 16]
+        vae = AutoencoderKLWan()
+    fitting = [ranks for ranks in (1, 2, 4, 8) if bands.fits_in_bands(vae, 2160, 3840, ranks, 60 * 2**30)]
+    assert fitting == [4, 8]
     assert bands.fits_in_bands(vae, 2160, 3840, 1, None)
 
 
@@ -94,8 +95,10 @@ def test_a_frame_too_large_for_a_card_fits_in_bands_over_more() -> None:
 def test_decoding_a_band_keeps_within_what_it_is_counted_to_need(tmp_path: Path) -> None:
     # Whole frames are so large that convolutions take them one by one, bands are not.
     case = Case((1, 16, 4, 48, 64), members=(0, 1))
-    seen = decode(tmp_path, {"large": case})["large"]
-    assert_equal(case, seen)
+    # A small clip first: what torch loads for it does not count.
+    seen = decode(tmp_path, {"small": Case((1, 16, 3, 4, 4), members=(0, 1)), "large": case})["large"]
+    assert_equal_to_rounding(case, seen)
     needed = bands.band_needs(case.vae(), 48 * 8, 64 * 8, 2)
-    assert needed / 3 < seen[0]["most"] < needed
+    kept = sum(chunk.nbytes for chunk in seen[0]["chunks"][0])
+    assert needed / 2 < seen[0]["most"] - kept < needed
     assert seen[1]["most"] < needed

@@ -39,7 +39,7 @@ class Case:
 
     def vae(self) -> AutoencoderKLWan:
         vae = load_vae(find_checkpoint("wan-tiny"), "cpu") if self.wan_tiny else small_vae()
-        return vae.to(self.dtype)
+        return vae if self.dtype == torch.float32 else vae.to(self.dtype)
 
     def latents(self) -> list[Tensor]:
         draw = torch.Generator().manual_seed(0)
