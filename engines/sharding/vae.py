@@ -53,13 +53,13 @@ def bands_of(height: int, ranks: int) -> list[Span]:
 
 
 class BandDecoder:
-    """One rank's part in decoding one clip, a latent frame at a time; elsewise like `ClipDecoder`.
+    """One rank's part in decoding one clip a latent frame at a time, as `ClipDecoder` does alone.
 
     Any number of clips can be in decoding, as long as all ranks of the group are asked for their frames in one order.
     """
 
     def __init__(self, vae: AutoencoderKLWan, shape: Sequence[int], band: Tensor, bands: RankBands) -> None:
-        """Of latents [latent frames, 16, h, w] of that shape, takes the rows of one band; `start` makes them so."""
+        """Takes the shape of latents as `latents_for_decoder` makes them, and the rows of one band of them."""
         self.latent_frame = 0
         self.total_frames = (shape[0] - 1) * VAE_TEMPORAL_STRIDE + 1
         self._band = band

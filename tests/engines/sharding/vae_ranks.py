@@ -76,10 +76,10 @@ def decode_everywhere(folder: Path, cases: dict[str, Case], seconds: float) -> N
     ]
     for process in processes:
         process.start()
-    until = time.monotonic() + seconds
-    for process in processes:
-        process.join(max(0.0, until - time.monotonic()))
-    codes = [process.exitcode for process in processes]
+    until, codes = time.monotonic() + seconds, [process.exitcode for process in processes]
+    while None in codes and not any(codes) and time.monotonic() < until:
+        time.sleep(0.05)
+        codes = [process.exitcode for process in processes]
     for process in processes:
         process.kill()
         process.join()
@@ -89,8 +89,10 @@ def decode_everywhere(folder: Path, cases: dict[str, Case], seconds: float) -> N
 
 def _process(index: int, folder: Path, cases: dict[str, Case], seconds: float) -> None:
     torch.set_num_threads(1)
-    store, timeout = distributed.FileStore(str(folder / "store"), PROCESSES), timedelta(seconds=seconds)
-    distributed.init_process_group("gloo", store=store, rank=index, world_size=PROCESSES, timeout=timeout)
+    timeout = timedelta(seconds=seconds)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{folder / 'store'}", rank=index, world_size=PROCESSES, timeout=timeout
+    )
     for name, case in cases.items():
         group = distributed.new_group(list(case.members), timeout=timeout)
         if index in case.members:
