@@ -417,7 +417,7 @@ class EngineCore:
             raise EngineError(f"job {job_id} has {len(request.timesteps) - request.step} steps left")
         started = time.perf_counter()
         if request.decoder is None:
-            request.decoder = stages.ClipDecoder.start(self._model.vae, request.latents, request.tiling)
+            request.decoder = self._new_decoder(job_id, request)
         decoder = request.decoder
         if decoder.frame >= decoder.total_frames:
             raise EngineError(f"job {job_id} has decoded all its {decoder.total_frames} frames")
@@ -427,10 +427,17 @@ class EngineCore:
         seconds = time.perf_counter() - started
         return Decoded(first, decoder.frame - first, decoder.total_frames, seconds, core_memory(self._model.device))
 
+    def _new_decoder(self, job_id: str, request: Request) -> stages.Decoder:
+        vae, latents = self._model.vae, request.latents
+        on_all = self._ranks.decoder(vae, latents, job_id) if self._ranks else None
+        return on_all or stages.ClipDecoder.start(vae, latents, request.tiling)
+
     def release(self, job_id: str) -> None:
         """Frees a request, if it is known."""
         request = self._requests.pop(job_id, None)
         if request is not None:
+            if request.decoder is not None:
+                request.decoder.close()
             self._wardrobe.undress(request.outfit)
 
     @torch.inference_mode()

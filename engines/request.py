@@ -51,7 +51,7 @@ class Request:
     tiling: Tiling  # of the VAE's frames
     tokens: AdaptiveTokens | None  # None on the uniform path
     spent: tuple[int, ...] = ()  # tokens of each step that is done
-    decoder: stages.ClipDecoder | None = None
+    decoder: stages.Decoder | None = None
 
     @property
     def step(self) -> int:

@@ -6,6 +6,8 @@ hold them together.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
@@ -117,6 +119,32 @@ def starting_noise(seed: int, shape: tuple[int, ...], device: torch.device) -> T
     return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed), dtype=torch.float32).to(device)
 
 
+class Decoder(Protocol):
+    """Decodes one clip's latents a latent frame at a time: 1 frame first, then 4 for each.
+
+    Attributes:
+        frame: frames that have been given, of `total_frames`.
+    """
+
+    @property
+    def frame(self) -> int: ...
+
+    @property
+    def total_frames(self) -> int: ...
+
+    def next_frames(self) -> Tensor:
+        """The next frames, float32 [count, height, width, 3] in [0, 1]. Must not be called after the last.
+
+        Raises:
+            EngineError: they cannot be decoded.
+        """
+        ...
+
+    def close(self) -> None:
+        """Forgets the clip."""
+        ...
+
+
 class ClipDecoder:
     """Decodes one clip's latents a latent frame at a time: 1 frame first, then 4 for each.
 
@@ -157,6 +185,9 @@ class ClipDecoder:
         self.latent_frame += 1
         self.frame += len(video)
         return finished_frames(video.permute(0, 2, 3, 1))
+
+    def close(self) -> None:
+        """Nothing to do: what is remembered goes with it."""
 
     def _decode(self, latent: Tensor) -> Tensor:
         if self._pasts is None:

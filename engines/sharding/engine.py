@@ -12,10 +12,9 @@ from torch import Tensor
 from cinecat.engines.backends.contract import Banks, StackInputs
 from cinecat.engines.backends.stack import WanStack
 from cinecat.engines.denoise import KNOWN_CONTEXTS
-from cinecat.engines.errors import RanksLost
 from cinecat.engines.sharding.attention import SequenceAttention
 from cinecat.engines.sharding.messages import Forward, Order
-from cinecat.engines.sharding.ranks import Ranks
+from cinecat.engines.sharding.ranks import Ranks, in_step
 from cinecat.engines.sharding.shares import (
     Context,
     Dimensions,
@@ -70,10 +69,8 @@ class ShardedEngine:
 
     def __call__(self, inputs: StackInputs) -> Tensor:
         """Raises RanksLost where anything goes wrong: the others are in the middle of it then."""
-        try:
+        with in_step():
             return self._forward(inputs)
-        except Exception as error:
-            raise RanksLost(f"{type(error).__name__}: {error}") from error
 
     def _forward(self, inputs: StackInputs) -> Tensor:
         layout, (rows, tokens, _) = self._ranks.layout, inputs.tokens.shape

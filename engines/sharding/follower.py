@@ -15,7 +15,18 @@ from typing import TYPE_CHECKING
 from cinecat.engines.errors import ModelError
 from cinecat.engines.logs import configure_logging
 from cinecat.engines.messages import Failure
-from cinecat.engines.sharding.messages import FollowerConfig, Forward, Loaded, Meet, Order, Swap, TellTraffic
+from cinecat.engines.sharding.messages import (
+    DecodeNext,
+    EndDecoding,
+    FollowerConfig,
+    Forward,
+    Loaded,
+    Meet,
+    Order,
+    StartDecoding,
+    Swap,
+    TellTraffic,
+)
 from cinecat.engines.sharding.pulse import follow
 
 if TYPE_CHECKING:
@@ -64,6 +75,8 @@ def _carry_out(part: Part, order: Order, orders: Connection) -> None:
             part.forward(order)
         case Swap(slot):
             part.swap(slot)
+        case StartDecoding() | DecodeNext() | EndDecoding():
+            part.decode(order)
         case TellTraffic():
             orders.send(part.traffic())
 

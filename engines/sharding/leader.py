@@ -14,19 +14,24 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKLWan
+from torch import Tensor
 
 from cinecat.engines.backends.contract import Banks
 from cinecat.engines.backends.stack import WanStack
-from cinecat.engines.errors import ModelError, RanksLost
+from cinecat.engines.errors import ModelError
+from cinecat.engines.memory import available_bytes
 from cinecat.engines.messages import CoreConfig, Failure
 from cinecat.engines.sharding import pulse
 from cinecat.engines.sharding.attention import SequenceAttention
+from cinecat.engines.sharding.decoding import LedDecoder
 from cinecat.engines.sharding.engine import ShardedEngine, ShardedStack
 from cinecat.engines.sharding.layout import Layout
 from cinecat.engines.sharding.messages import FollowerConfig, Loaded, Meet, Order, Swap, TellTraffic
 from cinecat.engines.sharding.part import share_slot
-from cinecat.engines.sharding.ranks import Ranks, open_store
+from cinecat.engines.sharding.ranks import Ranks, in_step, open_store
 from cinecat.engines.sharding.traffic import Traffic
+from cinecat.engines.sharding.vae import fits_in_bands
 from cinecat.engines.sharding.weights import spread_weights
 
 _END_SECONDS = 2.0
@@ -102,11 +107,24 @@ class Leader:
 
     def share_slot(self, banks: Banks, slot: int) -> None:
         """Gives all ranks what is in a slot now. Raises RanksLost."""
-        try:
+        with in_step():
             self.tell(Swap(slot))
             share_slot(self.ranks, banks, slot)
-        except Exception as error:
-            raise RanksLost(f"{type(error).__name__}: {error}") from error
+
+    def decoder(self, vae: AutoencoderKLWan, latents: Tensor, job_id: str) -> LedDecoder | None:
+        """Begins to decode a clip on all ranks, where they have the memory for it.
+
+        Args:
+            latents: [1, 16, latent frames, height / 8, width / 8].
+
+        Raises:
+            RanksLost: it cannot be begun.
+        """
+        stride = int(vae.config.scale_factor_spatial)
+        height, width = (int(side) * stride for side in latents.shape[3:])
+        if not fits_in_bands(vae, height, width, self.layout.ranks, available_bytes(self.ranks.device)):
+            return None
+        return LedDecoder(vae, latents, self.ranks, self.tell, job_id)
 
     def tell(self, order: Order) -> None:
         """Raises OSError where a rank is gone."""
@@ -117,7 +135,7 @@ class Leader:
         """What each rank has sent since the last call, in their order; for studies, since it waits for all of them."""
         self.tell(TellTraffic())
         told = [follower.orders.recv() for follower in self._followers.values()]
-        return [self.ranks.take_traffic(), *told]
+        return [self.ranks.take_all_traffic(), *told]
 
     def close(self) -> None:
         """Ends the followers, and waits until they have."""

@@ -67,9 +67,30 @@ class Swap:
 
 
 @dataclass(frozen=True)
+class StartDecoding:
+    """Take a band of a job's latents, which come next."""
+
+    job_id: str
+
+
+@dataclass(frozen=True)
+class DecodeNext:
+    """Decode the band's next frames, and send them."""
+
+    job_id: str
+
+
+@dataclass(frozen=True)
+class EndDecoding:
+    """Forget the band."""
+
+    job_id: str
+
+
+@dataclass(frozen=True)
 class TellTraffic:
     """Asks for the Traffic since the last time."""
 
 
-Order: TypeAlias = Meet | Forward | Swap | TellTraffic
+Order: TypeAlias = Meet | Forward | Swap | StartDecoding | DecodeNext | EndDecoding | TellTraffic
 Report: TypeAlias = Loaded | Failure | Traffic

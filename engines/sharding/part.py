@@ -10,11 +10,12 @@ from torch import Tensor
 from cinecat.engines.backends.contract import STYLED_TARGETS, Banks
 from cinecat.engines.backends.stack import WanStack
 from cinecat.engines.checkpoint import find_checkpoint
-from cinecat.engines.model import find_device, load_transformer
+from cinecat.engines.model import find_device, load_transformer, load_vae_decoder
 from cinecat.engines.placement import on_host, place
 from cinecat.engines.sharding.attention import SequenceAttention
+from cinecat.engines.sharding.decoding import FollowedDecoders
 from cinecat.engines.sharding.engine import FollowedStack, ShardedStack
-from cinecat.engines.sharding.messages import FollowerConfig, Forward
+from cinecat.engines.sharding.messages import DecodeNext, EndDecoding, FollowerConfig, Forward, StartDecoding
 from cinecat.engines.sharding.ranks import Ranks, open_store
 from cinecat.engines.sharding.shares import Dimensions
 from cinecat.engines.sharding.traffic import Traffic
@@ -27,7 +28,7 @@ class Part:
     """A loaded follower; `meet` comes before all else."""
 
     def __init__(self, config: FollowerConfig) -> None:
-        """Loads the blocks.
+        """Loads the blocks and the VAE's decoder.
 
         Raises:
             ModelError: they cannot be loaded here.
@@ -39,6 +40,7 @@ class Part:
         self._device = find_device(core.device)
         checkpoint = find_checkpoint(core.model)
         self._transformer = load_transformer(checkpoint, "cpu" if on_host(core) else core.device, core.dtype)
+        self._vae = load_vae_decoder(checkpoint, core.device)
         if (variant := find_variant(core.model_variant)) is not None:
             fuse_variant(self._transformer, variant)
 
@@ -53,6 +55,7 @@ class Part:
         spread_weights(self._transformer, stack, self._ranks, core.shard_weights)
         self._banks = _empty_banks(self._transformer, core.style_slots, core.max_rank, self._device)
         sizes = dimensions(self._transformer, self._device)
+        self._decoders = FollowedDecoders(self._vae, self._ranks)
         self._followed = FollowedStack(ShardedStack(stack, attention), self._ranks, sizes, self._banks)
 
     @torch.inference_mode()
@@ -65,9 +68,14 @@ class Part:
         """Takes over what the leader has in a slot."""
         share_slot(self._ranks, self._banks, slot)
 
+    @torch.inference_mode()
+    def decode(self, order: StartDecoding | DecodeNext | EndDecoding) -> None:
+        """Its band of a clip."""
+        self._decoders(order)
+
     def traffic(self) -> Traffic:
         """Since the last call."""
-        return self._ranks.take_traffic()
+        return self._ranks.take_all_traffic()
 
 
 def share_slot(ranks: Ranks, banks: Banks, slot: int) -> None:

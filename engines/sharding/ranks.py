@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from cinecat.engines.errors import RanksLost
 from cinecat.engines.sharding.layout import Layout
 from cinecat.engines.sharding.traffic import Traffic
 
@@ -30,11 +31,21 @@ def open_store(layout: Layout, port: int | None = None) -> TCPStore:
     return TCPStore(_LOCALHOST, port or 0, layout.ranks, is_master=leads, wait_for_workers=not leads)
 
 
+@contextmanager
+def in_step() -> Iterator[None]:
+    """Raises RanksLost for whatever goes wrong on the leader in what all ranks do: the others are half through it."""
+    try:
+        yield
+    except Exception as error:
+        raise RanksLost(f"{type(error).__name__}: {error}") from error
+
+
 class Ranks:
     """The process groups that this rank is in.
 
     Attributes:
-        traffic: what this rank has sent.
+        traffic: what this rank has sent for forwards and swaps.
+        decoding_traffic: for decoding.
         sequence_group: of the ranks that share the tokens of its rows.
     """
 
@@ -52,13 +63,17 @@ class Ranks:
         """
         self.layout, self.rank, self.device = layout, rank, device
         self.place = layout.place(rank)
-        self.traffic = Traffic()
+        self.traffic, self.decoding_traffic = Traffic(), Traffic()
         self._marks: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         timeout = timedelta(seconds=timeout_seconds)
         backend = "nccl" if device.type == "cuda" else "gloo"
         if backend == "gloo" and _LOOPBACK.is_dir():
             os.environ.setdefault(*_INTERFACE)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=layout.ranks, timeout=timeout)
+        # With its device NCCL meets at once: it must not do so in the first exchange, in which not all ranks take part.
+        at_once = device if backend == "nccl" else None
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=layout.ranks, timeout=timeout, device_id=at_once
+        )
 
         def own_group(groups: Sequence[Sequence[int]]) -> dist.ProcessGroup:
             # Everybody makes all of them, in one order.
@@ -132,6 +147,11 @@ class Ranks:
             self.traffic.seconds += sum(begin.elapsed_time(end) for begin, end in self._marks) / 1000.0
             self._marks.clear()
         return self.traffic.take()
+
+    def take_all_traffic(self) -> Traffic:
+        """That of forwards, swaps and decoding."""
+        traffic = self.take_traffic()
+        return Traffic(traffic.sent + self.decoding_traffic.take().sent, traffic.seconds)
 
     def _in_ring(self, steps: int) -> int:
         """The rank that is so many places further round the ring."""

@@ -94,6 +94,17 @@ def latents(core: EngineCore, *shots: Shot) -> list[Tensor]:
     return found
 
 
+def frames(core: EngineCore, shot: Shot) -> Tensor:
+    core.condition(shot)
+    for _ in range(shot.steps):
+        core.step_alone(shot.job_id)
+    found: list[Tensor] = []
+    while sum(map(len, found)) < shot.frames:
+        core.decode(shot.job_id, lambda chunk: found.append(chunk.clone()))
+    core.release(shot.job_id)
+    return torch.cat(found)
+
+
 def assert_equal_to_one(core: EngineCore, alone: EngineCore, styles: tuple[StyleUse, ...]) -> None:
     """On both paths, with and without guidance, and with other styles in one forward, in more slots than there are."""
     first, second, third = styles
@@ -107,6 +118,7 @@ def assert_equal_to_one(core: EngineCore, alone: EngineCore, styles: tuple[Style
     for shot in shots:
         (expected,), (found,) = latents(alone, shot), latents(core, shot)
         torch.testing.assert_close(found, expected, **CLOSE)
+    torch.testing.assert_close(frames(core, SHOT), frames(alone, SHOT), rtol=0.0, atol=1e-4)
     plain = latents(alone, SHOT)[0]
     assert not torch.allclose(plain, latents(core, shots[2])[0], atol=1e-2)
     mixed = (
