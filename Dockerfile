@@ -24,6 +24,9 @@ ENV PIP_NO_CACHE_DIR=1 \
     PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PYTHONUNBUFFERED=1
 
+# The first process of a container: ends of processes whose parent was killed, such as ranks of an engine core, are seen.
+RUN apt-get update && apt-get install --yes --no-install-recommends tini && rm -rf /var/lib/apt/lists/*
+
 WORKDIR /usr/src/cinecat
 
 # torch in a layer of its own: several GB that change only with its pin.
@@ -61,4 +64,4 @@ answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest
 raise SystemExit(answer.status != health_pb2.HealthCheckResponse.SERVING)"]
 
 STOPSIGNAL SIGTERM
-ENTRYPOINT ["cinecat", "serve"]
+ENTRYPOINT ["tini", "--", "cinecat", "serve"]

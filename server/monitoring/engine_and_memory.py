@@ -107,6 +107,24 @@ CORE = Row(
             "suffix: /min",
         ),
         Panel(
+            "Spent on exchanges between ranks",
+            "Share of the time of steps, on the first rank of a replica. Zero where nothing is sharded.",
+            (
+                Query(
+                    "sum by (instance) (rate(cinecat_communication_seconds_total{@}[5m]))"
+                    " / sum by (instance) (rate(cinecat_step_seconds_sum{@}[5m]))",
+                    "{{instance}}",
+                ),
+            ),
+            "percentunit",
+        ),
+        Panel(
+            "Sent to other ranks",
+            "By the first rank of a replica, in steps.",
+            (Query("sum by (instance) (rate(cinecat_communication_bytes_total{@}[5m]))", "{{instance}}"),),
+            "Bps",
+        ),
+        Panel(
             "Jobs removed by retention",
             "Within the shown interval: for age, for the room that all clips take, or with only files left.",
             (Query("sum by (reason) (increase(cinecat_jobs_removed_total{@}[$__rate_interval]))", "{{reason}}"),),

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import signal
+import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,7 +21,9 @@ from torch import Tensor
 from cinecat.engines.checkpoint import find_checkpoint
 from cinecat.engines.core import EngineCore
 from cinecat.engines.errors import ModelError
-from cinecat.engines.messages import Cat, CoreConfig, Failure, Shot, StyleUse
+from cinecat.engines.messages import Cat, CoreConfig, Failure, RequestStepped, Shot, StyleUse
+from cinecat.engines.sharding.vae import sent_bytes as decoding_bytes
+from cinecat.engines.sharding.volume import ForwardShape, sent_bytes
 from cinecat.engines.tiny import build_tiny
 from tests.engines.conftest import MICRO
 
@@ -130,10 +136,67 @@ def assert_equal_to_one(core: EngineCore, alone: EngineCore, styles: tuple[Style
         torch.testing.assert_close(found, expected, **CLOSE)
 
 
+def assert_a_rank_that_is_late_wears_what_the_others_do(
+    core: EngineCore, alone: EngineCore, styles: tuple[StyleUse, ...]
+) -> None:
+    """Each of the two slots changes its style while the follower stands still, and it is worn at once."""
+    assert core._ranks is not None
+    (follower,) = core._ranks.pids
+    for style in styles:
+        shot = replace(SHOT, steps=2, styles=(style,))
+        (expected,) = latents(alone, shot)
+        os.kill(follower, signal.SIGSTOP)
+        threading.Timer(0.3, os.kill, (follower, signal.SIGCONT)).start()
+        (found,) = latents(core, shot)
+        torch.testing.assert_close(found, expected, **CLOSE)
+
+
+def assert_traffic_is_what_the_formula_says(core: EngineCore) -> None:
+    """Bytes of all ranks, of a clip's steps on both paths and of its decoding."""
+    assert core._ranks is not None
+    layout, config = core._ranks.layout, core._model.transformer.config
+    for shot in (SHOT, replace(SHOT, guidance_scale=1.0, cat=Cat(keep_ratio=0.5))):
+        core.condition(shot)
+        core._ranks.traffic()
+        steps = [core.step([shot.job_id]) for _ in range(shot.steps)]
+        request = core._requests[shot.job_id]
+        rows = len(request.branches)
+        text = max(branch.keys(None, None, request.outfit.whole).length for branch in request.branches)
+        expected: list[Counter[str]] = [Counter() for _ in range(layout.ranks)]
+        for number, stepped in enumerate(steps):
+            (step,) = stepped.requests
+            assert isinstance(step, RequestStepped)
+            shape = ForwardShape(
+                config.num_layers,
+                config.num_attention_heads,
+                config.num_attention_heads * config.attention_head_dim,
+                rows=rows,
+                tokens=step.tokens,
+                text=text,
+                image=request.branches[0].image.shape[1],
+                value_bytes=4,
+                biased=step.tokens < 45,
+            )
+            for rank, sent in enumerate(expected):
+                sent.update(sent_bytes(shape, layout, rank, fresh=number == 0).kinds())
+        assert [dict(told.sent) for told in core._ranks.traffic()[1:]] == [dict(sent) for sent in expected[1:]]
+        # The leader's was told step by step.
+        assert sum(stepped.communication_bytes for stepped in steps) == expected[0].total()
+        for _ in range(3):
+            core.decode(shot.job_id, lambda chunk: None)
+        core.release(shot.job_id)
+        of_clip = [
+            decoding_bytes(core._model.vae, request.latents.shape, rank, layout.ranks) for rank in range(layout.ranks)
+        ]
+        assert [dict(told.sent) for told in core._ranks.traffic()] == of_clip
+
+
 @pytest.mark.parametrize("shard", ["ulysses=2"])
 def test_two_ranks(sharded_config: CoreConfig, alone: EngineCore, styles: tuple[StyleUse, ...], shard: str) -> None:
     with sharded(sharded_config, shard) as core:
         assert_equal_to_one(core, alone, styles)
+        assert_a_rank_that_is_late_wears_what_the_others_do(core, alone, styles)
+        assert_traffic_is_what_the_formula_says(core)
 
 
 @pytest.mark.slow
