@@ -3,24 +3,21 @@
 Where a convolution reads across a band's border, neighbours exchange that row, and the mid block's attention sees the
 keys and values of all bands. So nothing is lost, unlike with tiles: it is the whole frame's arithmetic, and its result
 is the same to rounding. What layers remember of a stream stays on their rank.
-
-Everything is sent from rank to rank in batches of asynchronous sends and receives, of tensors where the VAE lies: NCCL
-takes those of a GPU, gloo those of a CPU. NCCL wants `torch.cuda.set_device` before.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import accumulate, pairwise
-from typing import Protocol
 
 import torch
 from diffusers import AutoencoderKLWan
-from torch import Tensor, distributed
+from torch import Tensor
 
 from cinecat.engines.messages import VAE_TEMPORAL_STRIDE
+from cinecat.engines.sharding.ranks import Ranks
 from cinecat.engines.stages import ROUNDED_UP, finished_frames, latents_for_decoder
 from cinecat.engines.vae import (
     WINDOW_BYTES,
@@ -38,12 +35,6 @@ LATENTS, HALO, ATTENTION, VIDEO = "vae_latents", "vae_halo", "vae_attention", "v
 _SHAPE_BYTES = 4 * 8  # of the latents, as the leader tells it in int64
 
 
-class Sent(Protocol):
-    """Counts what this rank sends."""
-
-    def add(self, kind: str, nbytes: int) -> None: ...
-
-
 def bands_of(height: int, ranks: int) -> list[Span]:
     """First and past-the-last row of each rank's band, as even as can be, the higher ones first. Where there are fewer
     rows than ranks, the last ranks have none, and take no part.
@@ -55,7 +46,7 @@ def bands_of(height: int, ranks: int) -> list[Span]:
 class BandDecoder:
     """One rank's part in decoding one clip a latent frame at a time, as `ClipDecoder` does alone.
 
-    Any number of clips can be in decoding, as long as all ranks of the group are asked for their frames in one order.
+    Any number of clips can be in decoding, as long as all ranks are asked for their frames in one order.
     """
 
     def __init__(self, vae: AutoencoderKLWan, shape: Sequence[int], band: Tensor, bands: RankBands) -> None:
@@ -67,44 +58,32 @@ class BandDecoder:
         self._stream = Stream(decoder_layers(vae, bands))
 
     @classmethod
-    def start(
-        cls,
-        vae: AutoencoderKLWan,
-        latents: Tensor | None,
-        group: distributed.ProcessGroup | None,
-        rank: int,
-        ranks: int,
-        sent: Sent,
-    ) -> BandDecoder:
-        """Begins with final denoised latents [1, 16, latent frames, height / 8, width / 8]. Every rank of the group
-        must call it, with the same weights.
+    def start(cls, vae: AutoencoderKLWan, latents: Tensor | None, ranks: Ranks) -> BandDecoder:
+        """Begins with final denoised latents [1, 16, latent frames, height / 8, width / 8]. Every rank must call it,
+        with the same weights.
 
         Args:
-            latents: on rank 0; None on others, which get their bands from it.
-            group: the ranks; None is torch's default group.
-            rank: this one's index in the group.
-            ranks: how many they are.
-            sent: is told what this rank sends.
+            latents: on the leader; None on others, which get their bands from it.
         """
-        exchange = _Exchange(group, sent)
+        count = ranks.layout.ranks
         if latents is not None:
             frames = latents_for_decoder(vae, latents)
             shape = list(frames.shape)
             told = torch.tensor(shape, device=vae.device)
-            exchange(LATENTS, dict.fromkeys(range(1, ranks), told), {})
-            parts = [frames[:, :, top:bottom].contiguous() for top, bottom in bands_of(shape[2], ranks)]
-            exchange(LATENTS, {other: part for other, part in enumerate(parts) if other and part.numel()}, {})
+            ranks.exchange(LATENTS, [(told, other) for other in range(1, count)], [])
+            parts = [frames[:, :, top:bottom].contiguous() for top, bottom in bands_of(shape[2], count)]
+            ranks.exchange(LATENTS, [(part, other) for other, part in enumerate(parts) if other and part.numel()], [])
             band = parts[0]
         else:
             told = torch.empty(4, dtype=torch.int64, device=vae.device)
-            exchange(LATENTS, {}, {0: told})
+            ranks.exchange(LATENTS, [], [(told, 0)])
             shape = told.tolist()
-            top, bottom = bands_of(shape[2], ranks)[rank]
+            top, bottom = bands_of(shape[2], count)[ranks.rank]
             band = torch.empty((*shape[:2], bottom - top, shape[3]), dtype=vae.dtype, device=vae.device)
             if band.numel():
-                exchange(LATENTS, {}, {0: band})
-        heights = [bottom - top for top, bottom in bands_of(shape[2], ranks)]
-        return cls(vae, shape, band, RankBands(exchange, rank, [height for height in heights if height]))
+                ranks.exchange(LATENTS, [], [(band, 0)])
+        heights = [bottom - top for top, bottom in bands_of(shape[2], count)]
+        return cls(vae, shape, band, RankBands(ranks, [height for height in heights if height]))
 
     @property
     def frame(self) -> int:
@@ -112,8 +91,8 @@ class BandDecoder:
         return max(0, (self.latent_frame - 1) * VAE_TEMPORAL_STRIDE + 1)
 
     def next_frames(self) -> Tensor | None:
-        """The next frames, float32 [count, height, width, 3] in [0, 1], on rank 0, and None on others. Every rank must
-        call it, and none after the last frame.
+        """The next frames, float32 [count, height, width, 3] in [0, 1], on the leader, and None on others. Every rank
+        must call it, and none after the last frame.
         """
         latent = self._band[self.latent_frame : self.latent_frame + 1]
         self.latent_frame += 1
@@ -124,49 +103,43 @@ class BandDecoder:
 
 
 class RankBands:
-    """The bands of a group, seen from one rank: `vae.Bands` by exchange."""
+    """The bands of all ranks, seen from one of them: `vae.Bands` by exchange."""
 
-    def __init__(self, exchange: _Exchange, rank: int, heights: Sequence[int]) -> None:
-        """Takes the height of each rank's band, in latents."""
-        self._exchange = exchange
-        self._rank = rank
-        self._heights = heights
-        self._others = [other for other in range(len(heights)) if other != rank]
+    def __init__(self, ranks: Ranks, heights: Sequence[int]) -> None:
+        """Takes the height of each band, in latents."""
+        self._ranks, self._rank, self._heights = ranks, ranks.rank, heights
+        self._others = [other for other in range(len(heights)) if other != self._rank]
 
     def widened(self, frames: Tensor) -> Tensor:
         count, channels, height, width = frames.shape
         wide = frames.new_empty((count, height + 2, width, channels))
         inner = wide[:, 1:-1]
         inner.copy_(frames.permute(0, 2, 3, 1))
-        sends, receives = {}, {}
-        for neighbour, own, beside in (
-            (self._rank - 1, inner[:, 0], wide[:, 0]),
-            (self._rank + 1, inner[:, -1], wide[:, -1]),
-        ):
-            if 0 <= neighbour < len(self._heights):
-                sends[neighbour] = own.contiguous()
-                receives[neighbour] = torch.empty_like(sends[neighbour])
-            else:
-                beside.zero_()
-        self._exchange(HALO, sends, receives)
-        for neighbour, row in receives.items():
-            wide[:, 0 if neighbour < self._rank else -1] = row
+        edges = {-1: 0, 1: -1}  # by the way to a neighbour, where its row and the one that it gets are
+        neighbours = [way for way in edges if 0 <= self._rank + way < len(self._heights)]
+        sent = [(inner[:, edges[way]].contiguous(), self._rank + way) for way in neighbours]
+        received = [(torch.empty_like(row), neighbour) for row, neighbour in sent]
+        self._ranks.exchange(HALO, sent, received)
+        rows = {neighbour - self._rank: row for row, neighbour in received}
+        for way, edge in edges.items():
+            wide[:, edge] = rows.get(way, wide.new_zeros(()))
         return wide.permute(0, 3, 1, 2)
 
     def joined(self, pixels: Tensor) -> Tensor:
         own = pixels.contiguous()
         parts = {other: self._empty_part(other, own, -2) for other in self._others}
-        self._exchange(ATTENTION, dict.fromkeys(self._others, own), parts)
+        received = [(part, other) for other, part in parts.items()]
+        self._ranks.exchange(ATTENTION, [(own, other) for other in self._others], received)
         return torch.cat([own if rank == self._rank else parts[rank] for rank in range(len(self._heights))], dim=-2)
 
     def gathered(self, video: Tensor) -> Tensor | None:
-        """Whole frames [count, height, width, 3] on rank 0, of each rank's rows; None on others."""
+        """Whole frames [count, height, width, 3] on the leader, of each rank's rows; None on others."""
         own = video.contiguous()
         if self._rank:
-            self._exchange(VIDEO, {0: own}, {})
+            self._ranks.exchange(VIDEO, [(own, 0)], [])
             return None
         parts = {other: self._empty_part(other, own, 1) for other in self._others}
-        self._exchange(VIDEO, {}, parts)
+        self._ranks.exchange(VIDEO, [], [(part, other) for other, part in parts.items()])
         return torch.cat([own, *parts.values()], dim=1)
 
     def _empty_part(self, rank: int, own: Tensor, dim: int) -> Tensor:
@@ -174,28 +147,6 @@ class RankBands:
         shape = list(own.shape)
         shape[dim] = shape[dim] // self._heights[self._rank] * self._heights[rank]
         return own.new_empty(shape)
-
-
-class _Exchange:
-    """Sends and receives at once, by rank, and counts what is sent."""
-
-    def __init__(self, group: distributed.ProcessGroup | None, sent: Sent) -> None:
-        self._group = group
-        self._sent = sent
-
-    def __call__(self, kind: str, sends: Mapping[int, Tensor], receives: Mapping[int, Tensor]) -> None:
-        """Waits until what is received can be read; tensors must be contiguous."""
-        operations = [
-            distributed.P2POp(operation, tensor, group=self._group, group_peer=peer)
-            for operation, tensors in ((distributed.isend, sends), (distributed.irecv, receives))
-            for peer, tensor in tensors.items()
-        ]
-        if not operations:
-            return
-        for work in distributed.batch_isend_irecv(operations):
-            work.wait()
-        if sends:
-            self._sent.add(kind, sum(tensor.nbytes for tensor in sends.values()))
 
 
 def sent_bytes(vae: AutoencoderKLWan, shape: Sequence[int], rank: int, ranks: int) -> dict[str, int]:

@@ -26,8 +26,7 @@ def decoded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Seen]:
 def decode(folder: Path, cases: dict[str, Case]) -> dict[str, Seen]:
     decode_everywhere(folder, cases, 100)
     return {
-        name: [torch.load(folder / f"{name} {rank}.pt") for rank in range(len(case.members))]
-        for name, case in cases.items()
+        name: [torch.load(folder / f"{name} {rank}.pt") for rank in range(case.ranks)] for name, case in cases.items()
     }
 
 
@@ -63,14 +62,14 @@ def test_what_each_rank_sends_is_what_the_formula_says(decoded: dict[str, Seen],
     with torch.device("meta"):
         vae = case.vae()
     for rank, seen in enumerate(decoded[name]):
-        one_clip = bands.sent_bytes(vae, case.shape, rank, len(case.members))
+        one_clip = bands.sent_bytes(vae, case.shape, rank, case.ranks)
         assert seen["sent"] == {kind: case.clips * size for kind, size in one_clip.items()}
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_what_a_rank_holds_between_two_chunks_is_counted(decoded: dict[str, Seen], name: str) -> None:
     case = CASES[name]
-    counted = bands.band_decoder_bytes(case.vae(), case.shape, len(case.members))
+    counted = bands.band_decoder_bytes(case.vae(), case.shape, case.ranks)
     for held in decoded[name][0]["held"]:
         assert held <= counted <= 1.1 * held
     assert all(held <= counted for seen in decoded[name] for held in seen["held"])
@@ -94,9 +93,9 @@ def test_a_frame_too_large_for_a_card_fits_in_bands_over_more() -> None:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from Linux's /proc")
 def test_decoding_a_band_keeps_within_what_it_is_counted_to_need(tmp_path: Path) -> None:
     # Whole frames are so large that convolutions take them one by one, bands are not.
-    case = Case((1, 16, 4, 48, 64), members=(0, 1))
+    case = Case((1, 16, 4, 48, 64), ranks=2)
     # A small clip first: what torch loads for it does not count.
-    seen = decode(tmp_path, {"small": Case((1, 16, 3, 4, 4), members=(0, 1)), "large": case})["large"]
+    seen = decode(tmp_path, {"small": Case((1, 16, 3, 4, 4), ranks=2), "large": case})["large"]
     assert_equal_to_rounding(case, seen)
     needed = bands.band_needs(case.vae(), 48 * 8, 64 * 8, 2)
     kept = sum(chunk.nbytes for chunk in seen[0]["chunks"][0])
