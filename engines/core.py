@@ -48,7 +48,6 @@ from cinecat.engines.previews import Palette
 from cinecat.engines.request import Request
 from cinecat.engines.sharding.choice import for_ranks, layout_of
 from cinecat.engines.sharding.leader import Leader
-from cinecat.engines.sharding.traffic import Traffic
 from cinecat.engines.slots import StyleSlots, other_targets
 from cinecat.engines.tokens.adaptive import AdaptiveTokens
 from cinecat.engines.tokens.budget import step_tokens
@@ -371,9 +370,7 @@ class EngineCore:
                     pictures.get(job_id),
                 )
             )
-        traffic = self._ranks.ranks.take_traffic() if self._ranks else Traffic()
-        sent = sum(traffic.sent.values())
-        return Stepped(time.perf_counter() - started, tuple(answers), traffic.seconds, sent)
+        return Stepped(time.perf_counter() - started, tuple(answers), *self._communication())
 
     def step_alone(self, job_id: str) -> RequestStepped:
         """`step` of one request. Raises EngineError also where it failed by itself."""
@@ -425,7 +422,15 @@ class EngineCore:
         frames = decoder.next_frames()
         write(frames)
         seconds = time.perf_counter() - started
-        return Decoded(first, decoder.frame - first, decoder.total_frames, seconds, core_memory(self._model.device))
+        memory = core_memory(self._model.device)
+        return Decoded(first, decoder.frame - first, decoder.total_frames, seconds, memory, *self._communication())
+
+    def _communication(self) -> tuple[float, int]:
+        """Seconds and bytes of exchanges between ranks since the last call."""
+        if self._ranks is None:
+            return 0.0, 0
+        traffic = self._ranks.ranks.take_traffic()
+        return traffic.seconds, traffic.sent.total()
 
     def _new_decoder(self, job_id: str, request: Request) -> stages.Decoder:
         vae, latents = self._model.vae, request.latents

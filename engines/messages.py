@@ -432,7 +432,7 @@ class Stepped:
         requests: one of each request, in the order of the call. A Failure is that request's own, such as NaN in its
             latents, and the others went on; what fails the forward as a whole answers Failure instead of Stepped, and
             then no request has changed.
-        communication_seconds: of them, that the first rank spent in exchanges with others.
+        communication_seconds: that the first rank spent in exchanges with others since it last said so.
         communication_bytes: that it sent them.
     """
 
@@ -452,13 +452,19 @@ class Saved:
 
 @dataclass(frozen=True)
 class Decoded:
-    """Answer to Decode: frames `first` to `first + count` of `total` are in the buffer."""
+    """Answer to Decode: frames `first` to `first + count` of `total` are in the buffer.
+
+    Attributes:
+        communication_seconds, communication_bytes: as in Stepped.
+    """
 
     first: int
     count: int
     total: int
     seconds: float
     memory: CoreMemory = CoreMemory()
+    communication_seconds: float = 0.0
+    communication_bytes: int = 0
 
 
 @dataclass(frozen=True)

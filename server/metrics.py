@@ -15,7 +15,7 @@ from google.rpc import code_pb2
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, disable_created_metrics
 
 from cinecat.engines.backends.store_events import Outcome
-from cinecat.engines.messages import CoreMemory, EngineCacheEvent, SlotUse, StageTime, Stepped, StepShape
+from cinecat.engines.messages import CoreMemory, Decoded, EngineCacheEvent, SlotUse, StageTime, Stepped, StepShape
 from cinecat.server.labels import Names, jobs_label, tokens_label
 from cinecat.server.lifecycle import FINAL_STATES, TRANSITIONS, state_name
 from cinecat.server.request_options import is_interactive
@@ -101,10 +101,10 @@ class Metrics:
         )
         self.communication_seconds = counter(
             "communication_seconds",
-            "Time of steps that the first rank of a replica spent in exchanges with the others.",
+            "Time that the first rank of a replica spent in exchanges with the others.",
         )
         self.communication_bytes = counter(
-            "communication_bytes", "What the first rank of a replica sent to the others in steps."
+            "communication_bytes", "What the first rank of a replica sent to the others."
         )
         self.step_jobs = histogram("step_jobs", "Jobs that shared one step.", buckets=(1, 2, 3, 4, 6, 8, 16))
         self.engine_steps = counter("engine_steps", "Denoising steps of jobs by the backend that ran them.", "engine")
@@ -228,13 +228,17 @@ class Metrics:
     def stepped(self, clips: Sequence[clip_pb2.ClipSpec], shape: StepShape, stepped: Stepped) -> None:
         """A step of jobs that shared a forward."""
         seconds = stepped.seconds
-        self.communication_seconds.inc(stepped.communication_seconds)
-        self.communication_bytes.inc(stepped.communication_bytes)
+        self.communicated(stepped)
         # Rows of one shape are of one path: a CAT clip that keeps all its tokens may share with a uniform one.
         tokenization = tokenization_name(clips[0])
         self.step_seconds.labels(tokenization, tokens_label(shape.tokens), jobs_label(len(clips))).observe(seconds)
         self.step_jobs.observe(len(clips))
         self.engine_steps.labels(shape.engine).inc(len(clips))
+
+    def communicated(self, quantum: Stepped | Decoded) -> None:
+        """What exchanges between ranks took of a quantum."""
+        self.communication_seconds.inc(quantum.communication_seconds)
+        self.communication_bytes.inc(quantum.communication_bytes)
 
     def denoised(self, clip: clip_pb2.ClipSpec, tokens: int, tokens_uniform: int) -> None:
         """One job's part of a step: tokens of all its rows, and what the uniform path takes."""

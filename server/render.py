@@ -338,6 +338,7 @@ class Rendering:
         decoded = await r.core.call(Decode(live.job_id, buffer.name, buffer.dtype), Decoded)
         self._tally.decode_seconds += decoded.seconds
         r.metrics.memory(decoded.memory)
+        r.metrics.communicated(decoded)
         if not self._seen.frames:
             self._seen.frames = True
             r.metrics.first_frame(live.job)

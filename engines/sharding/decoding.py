@@ -27,8 +27,7 @@ class LedDecoder:
         self._tell, self._job_id = tell, job_id
         with in_step():
             tell(StartDecoding(job_id))
-            count, traffic = ranks.layout.ranks, ranks.decoding_traffic
-            self._decoder = BandDecoder.start(vae, latents, None, 0, count, traffic)
+            self._decoder = BandDecoder.start(vae, latents, ranks)
 
     @property
     def frame(self) -> int:
@@ -61,11 +60,10 @@ class FollowedDecoders:
         self._decoders: dict[str, BandDecoder] = {}
 
     def __call__(self, order: StartDecoding | DecodeNext | EndDecoding) -> None:
-        ranks, job_id = self._ranks, order.job_id
+        job_id = order.job_id
         match order:
             case StartDecoding():
-                count, traffic = ranks.layout.ranks, ranks.decoding_traffic
-                self._decoders[job_id] = BandDecoder.start(self._vae, None, None, ranks.rank, count, traffic)
+                self._decoders[job_id] = BandDecoder.start(self._vae, None, self._ranks)
             case DecodeNext():
                 self._decoders[job_id].next_frames()
             case EndDecoding():

@@ -135,7 +135,7 @@ class Leader:
         """What each rank has sent since the last call, in their order; for studies, since it waits for all of them."""
         self.tell(TellTraffic())
         told = [follower.orders.recv() for follower in self._followers.values()]
-        return [self.ranks.take_all_traffic(), *told]
+        return [self.ranks.take_traffic(), *told]
 
     def close(self) -> None:
         """Ends the followers, and waits until they have."""

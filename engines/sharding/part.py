@@ -75,7 +75,7 @@ class Part:
 
     def traffic(self) -> Traffic:
         """Since the last call."""
-        return self._ranks.take_all_traffic()
+        return self._ranks.take_traffic()
 
 
 def share_slot(ranks: Ranks, banks: Banks, slot: int) -> None:

@@ -44,8 +44,7 @@ class Ranks:
     """The process groups that this rank is in.
 
     Attributes:
-        traffic: what this rank has sent for forwards and swaps.
-        decoding_traffic: for decoding.
+        traffic: what this rank has sent.
         sequence_group: of the ranks that share the tokens of its rows.
     """
 
@@ -63,7 +62,7 @@ class Ranks:
         """
         self.layout, self.rank, self.device = layout, rank, device
         self.place = layout.place(rank)
-        self.traffic, self.decoding_traffic = Traffic(), Traffic()
+        self.traffic = Traffic()
         self._marks: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         timeout = timedelta(seconds=timeout_seconds)
         backend = "nccl" if device.type == "cuda" else "gloo"
@@ -147,11 +146,6 @@ class Ranks:
             self.traffic.seconds += sum(begin.elapsed_time(end) for begin, end in self._marks) / 1000.0
             self._marks.clear()
         return self.traffic.take()
-
-    def take_all_traffic(self) -> Traffic:
-        """That of forwards, swaps and decoding."""
-        traffic = self.take_traffic()
-        return Traffic(traffic.sent + self.decoding_traffic.take().sent, traffic.seconds)
 
     def _in_ring(self, steps: int) -> int:
         """The rank that is so many places further round the ring."""

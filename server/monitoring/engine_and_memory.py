@@ -108,11 +108,11 @@ CORE = Row(
         ),
         Panel(
             "Spent on exchanges between ranks",
-            "Share of the time of steps, on the first rank of a replica. Zero where nothing is sharded.",
+            "Share of the time of steps and decoding, on the first rank of a replica. Zero where nothing is sharded.",
             (
                 Query(
                     "sum by (instance) (rate(cinecat_communication_seconds_total{@}[5m]))"
-                    " / sum by (instance) (rate(cinecat_step_seconds_sum{@}[5m]))",
+                    ' / sum by (instance) (rate(cinecat_quantum_seconds_sum{kind=~"step|decode",@}[5m]))',
                     "{{instance}}",
                 ),
             ),
@@ -120,7 +120,7 @@ CORE = Row(
         ),
         Panel(
             "Sent to other ranks",
-            "By the first rank of a replica, in steps.",
+            "By the first rank of a replica.",
             (Query("sum by (instance) (rate(cinecat_communication_bytes_total{@}[5m]))", "{{instance}}"),),
             "Bps",
         ),
