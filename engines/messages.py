@@ -27,7 +27,7 @@ class CoreConfig:
 
     Attributes:
         model: as in `checkpoint.find_checkpoint`.
-        device: "auto", "cpu", "cuda" or "cuda:N".
+        device: "auto", "auto:N" (the GPU of that number where there are GPUs), "cpu", "cuda" or "cuda:N".
         dtype: "auto", "float32", "bfloat16" or "float16": of the transformer and the text encoder.
         threads: CPU threads for torch; 0 leaves it to torch.
         style_slots: styles resident at once.

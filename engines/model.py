@@ -69,7 +69,7 @@ def load_model(
     """Loads a checked folder.
 
     Args:
-        device: "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:N".
+        device: "auto" (a GPU where there is one), "auto:N" (the GPU of that number), "cpu", "cuda" or "cuda:N".
         dtype: "auto" (bfloat16 on a GPU, float32 on a CPU) or a name.
         encoders_on_host, transformer_on_host: load the encoders of text and image, or the transformer, into the host's
             memory, for `placement` to move; the dtype is still that of the device.
@@ -182,15 +182,17 @@ def synchronize(device: torch.device) -> None:
 
 def find_device(name: str) -> torch.device:
     """The device that a setting names, as in `load_model`. Raises ModelError when it is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, number = name.partition(":")
+    if kind == "auto" and (not number or number.isdecimal()):
+        name = name.replace("auto", "cuda") if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise ModelError(f"device: {name!r} is not one of auto, cpu, cuda, cuda:N") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ModelError(
-            f"device: {name!r} is not there; torch {torch.__version__} sees {torch.cuda.device_count()} GPUs"
+            f"device: {name!r} is not there; torch {torch.__version__} sees {torch.cuda.device_count()} GPUs. "
+            "With auto or cuda every replica takes a GPU of its own: lower replicas, or name GPUs that may be shared"
         )
     return device
 

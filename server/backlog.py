@@ -1,4 +1,8 @@
-"""The jobs that are not done, as the policy is shown them and as callers are told of them."""
+"""The jobs of a model that are not done, as the policy is shown them and as callers are told of them.
+
+Its replicas share it: a waiting job is nobody's until one of them claims it, and each sees the waiting jobs and those
+that it has claimed.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +21,7 @@ from cinecat.server.jobs import Jobs
 from cinecat.server.metrics import PRIORITIES, Metrics, priority_name
 from cinecat.server.policy import STRETCH, Phase, Snapshot, Task
 from cinecat.server.render import Rendering
+from cinecat.server.replica import Replica
 from cinecat.server.request_options import is_interactive
 from cinecat.server.shares import Shares
 from cinecat.v1 import clip_pb2
@@ -35,21 +40,6 @@ _POSITIONS_S, _FEW = 0.2, 20
 _STEPS_BEFORE_EVICTION = 2
 
 
-@dataclass(frozen=True)
-class Limits:
-    """Of the backlog and the core.
-
-    Attributes:
-        max_queue: jobs that may wait.
-        most_together: jobs in one forward.
-        state_bytes: that jobs in the core may hold together; 0 is no bound.
-    """
-
-    max_queue: int
-    most_together: int
-    state_bytes: int
-
-
 @dataclass
 class _Entry:
     """A job, with times in seconds since the epoch. The deadline changes with what is known of costs, for all jobs at
@@ -63,25 +53,26 @@ class _Entry:
 
 
 class Backlog:
-    """All jobs from their acceptance until they leave the core.
+    """All jobs from their acceptance until they leave a core.
 
     Attributes:
-        slots_full: a job found no style slot free, and no job has left the core since.
+        replicas: that work it off, with what wakes each.
     """
 
-    def __init__(self, jobs: Jobs, costs: Costs, limits: Limits, metrics: Metrics) -> None:
+    def __init__(self, jobs: Jobs, costs: Costs, most_together: int, metrics: Metrics) -> None:
+        """`most_together` is of jobs in one forward."""
         self._jobs = jobs
         self._costs = costs
-        self._limits = limits
+        self._most_together = most_together
         self._metrics = metrics
-        metrics.queue_limit.set(limits.max_queue)
+        self._depth = dict.fromkeys(PRIORITIES, 0)
+        self.replicas: dict[Replica, asyncio.Event] = {}
         self._entries: dict[str, _Entry] = {}
         self._shares = Shares()
         self._bytes_per_pixel = 0.0  # of a state, the most that was seen
         self._forecast: dict[str, float] = {}
         self._forecast_at = 0.0
         self._telling: asyncio.TimerHandle | None = None
-        self.slots_full = False
 
     def __getitem__(self, job_id: str) -> Rendering:
         return self._entries[job_id].rendering
@@ -101,17 +92,30 @@ class Backlog:
             work = self._costs.whole(clip, entry.rendering.expected_tokens()) or 0.0
             entry.deadline = entry.arrival + STRETCH * work
         self.tell_positions()
+        self.wake()
+
+    def wake(self) -> None:
+        """Lets every idle replica look for work: there is more of it, or another replica is no longer idle."""
+        for woken in self.replicas.values():
+            woken.set()
+
+    def claim(self, rendering: Rendering, replica: Replica) -> None:
+        """Makes a waiting job a replica's."""
+        rendering.replica = replica
+
+    def give_back(self, rendering: Rendering) -> None:
+        """Lets a job that is queued again wait for any replica."""
+        rendering.replica = None
+        self.tell_positions()
+        self.wake()
 
     def remove(self, rendering: Rendering) -> None:
         """Forgets a job that is done, or whose files are all that is left to do."""
-        entry = self._entries.pop(rendering.live.job_id, None)
-        if entry is not None:
-            self.slots_full = False
+        if self._entries.pop(rendering.live.job_id, None) is not None:
             self.tell_positions()
 
     def found_no_slot(self, rendering: Rendering) -> None:
-        """Notes that a job needs a style slot and that none is free."""
-        self.slots_full = True
+        """Notes that a job needs a style slot."""
         if (entry := self._entries.get(rendering.live.job_id)) is not None:
             entry.wears_style = True
 
@@ -120,32 +124,29 @@ class Backlog:
         """All of them."""
         return [entry.rendering for entry in self._entries.values()]
 
-    @property
-    def in_core(self) -> list[Rendering]:
-        """Jobs that hold a state in the core."""
-        return [entry.rendering for entry in self._entries.values() if entry.rendering.in_core]
+    def claimed_by(self, replica: Replica) -> list[Rendering]:
+        """Jobs that a replica has."""
+        return [each.rendering for each in self._entries.values() if each.rendering.replica is replica]
 
     @property
     def waiting(self) -> int:
         """How many jobs wait to come in."""
-        return sum(not entry.rendering.in_core for entry in self._present())
+        return sum(entry.rendering.replica is None for entry in self._present())
 
-    @property
-    def is_full(self) -> bool:
-        return self.waiting >= self._limits.max_queue
-
-    def snapshot(self, resident_only: bool) -> Snapshot:
-        """What the policy decides from; with `resident_only`, nobody comes in.
+    def snapshot(self, replica: Replica, resident_only: bool) -> Snapshot:
+        """What the policy decides from for a replica; with `resident_only`, nobody comes in.
 
         Of many that wait, those that may be next: of each class and tenant the most urgent ones.
         """
         present = self._present()
         self._shares.tenants({entry.rendering.live.tenant for entry in present})
-        entries = [entry for entry in present if entry.rendering.in_core]
+        entries = [entry for entry in present if entry.rendering.replica is replica]
         if not resident_only:
+            empty = not entries
+            rivals = [each for each in self.replicas if each is not replica and each.idle and each.works]
             queues: defaultdict[tuple[bool, str], list[_Entry]] = defaultdict(list)
             for entry in present:
-                if not entry.rendering.in_core:
+                if entry.rendering.replica is None and not _better_off(entry, replica, empty, rivals):
                     live = entry.rendering.live
                     queues[is_interactive(live.job), live.tenant].append(entry)
             for queue in queues.values():
@@ -154,9 +155,9 @@ class Backlog:
             tasks=[self._task(entry) for entry in entries],
             tenant_seconds=self._shares.tenant_seconds,
             batch_is_due=self._shares.batch_is_due,
-            state_bytes=self._limits.state_bytes,
-            slots_full=self.slots_full,
-            most_together=self._limits.most_together,
+            state_bytes=replica.state_bytes,
+            slots_full=replica.slots_full,
+            most_together=self._most_together,
             step_seconds=self._costs.step_seconds,
         )
 
@@ -208,7 +209,8 @@ class Backlog:
             self._tell_eta(live.job, done)
             self._jobs.progress(live)
         for priority, jobs in waiting.items():
-            self._metrics.queue_depth.labels(priority).set(jobs)
+            self._metrics.queue_depth.labels(priority).inc(jobs - self._depth[priority])
+        self._depth = waiting
 
     def _present(self) -> list[_Entry]:
         """Jobs that were cancelled in the queue are gone from it, for good once that is stored."""
@@ -256,7 +258,8 @@ class Backlog:
                 seconds = self._costs.remaining(live.job, entry.rendering.expected_tokens())
                 if seconds is not None:
                     known.append(Remaining(live.job_id, live.tenant, is_interactive(live.job), entry.deadline, seconds))
-            ahead = forecast(known, self._shares.interactive_load)
+            replicas = max(1, sum(replica.works for replica in self.replicas))
+            ahead = forecast(known, self._shares.interactive_load(replicas), replicas)
             self._forecast = {job_id: now + seconds for job_id, seconds in ahead.items()}
             self._forecast_at = now
         return self._forecast
@@ -266,6 +269,15 @@ class Backlog:
             job.progress.eta.FromNanoseconds(max(0, int((done[job.job_id] - time.time()) * 1e9)))
 
 
+def _better_off(entry: _Entry, replica: Replica, empty: bool, rivals: Sequence[Replica]) -> bool:
+    """Whether a waiting job suits another replica better that is idle, and so is about to take it: whoever is no longer
+    idle wakes those that left it a job.
+    """
+    styles = entry.rendering.styles
+    ours = empty, *replica.suits(styles)
+    return any((True, *each.suits(styles)) > ours for each in rivals if not (each.slots_full and entry.wears_style))
+
+
 def _order(entry: _Entry, done: dict[str, float]) -> tuple[bool, float, float]:
-    """Those in the core first, then as they will be done."""
-    return not entry.rendering.in_core, done.get(entry.rendering.live.job_id, entry.deadline), entry.arrival
+    """Those that a replica has first, then as they will be done."""
+    return entry.rendering.replica is None, done.get(entry.rendering.live.job_id, entry.deadline), entry.arrival

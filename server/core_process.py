@@ -1,4 +1,4 @@
-"""The front's end of the engine core: one process, one call at a time."""
+"""An engine core on this machine: a process of its own."""
 
 from __future__ import annotations
 
@@ -22,19 +22,15 @@ from cinecat.engines.messages import (
     Call,
     CoreConfig,
     Decoded,
-    EngineCacheEvent,
-    EngineNews,
     Failure,
     FrameDtype,
     ModelInfo,
     Notice,
     Ready,
     RequestStepped,
-    SlotMemory,
-    VariantFused,
 )
 from cinecat.engines.process import run_core
-from cinecat.server.metrics import Metrics
+from cinecat.server.core_gauges import CoreGauges
 
 A = TypeVar("A", bound=Answer)
 
@@ -54,15 +50,15 @@ _FAILURES = {
 
 
 class CoreProcess:
-    """Spawns the engine core and talks to it over a pipe.
+    """A `Core`: spawns the process and talks to it over a pipe.
 
     Attributes:
         died: set when the process that `start` began has ended; a new event for each process.
     """
 
-    def __init__(self, config: CoreConfig, metrics: Metrics) -> None:
+    def __init__(self, config: CoreConfig, gauges: CoreGauges) -> None:
         self._config = config
-        self._metrics = metrics
+        self._gauges = gauges
         self._process: BaseProcess | None = None
         self._connection: Connection | None = None
         self._sentinel: int | None = None  # of the process that is watched
@@ -109,7 +105,7 @@ class CoreProcess:
         # Before its descriptor is closed and given to the next process.
         self._unwatch(self.died)
         await self._in_thread(self._kill)
-        self._metrics.core_restarts.inc()
+        self._gauges.restarting()
         await self.start()
 
     def _unwatch(self, died: asyncio.Event) -> None:
@@ -153,10 +149,10 @@ class CoreProcess:
 
     def _loaded(self) -> ModelInfo:
         """Waits until the model is there, and is the one that it was before."""
-        self._metrics.engine_building.set(0)  # it says so where it builds one
+        self._gauges.loading()
         answer = self._receive()
         while isinstance(answer, Notice):
-            tell(answer, self._metrics)
+            self._gauges.tell(answer)
             answer = self._receive()
         model = _expect(answer, Ready).model
         if self._fingerprint not in ("", model.fingerprint):
@@ -215,28 +211,6 @@ class CoreProcess:
 
     async def _in_thread(self, work: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._caller, work)
-
-
-def tell(notice: Notice, metrics: Metrics) -> None:
-    """Logs and counts what the core has to say."""
-    match notice:
-        case SlotMemory():
-            metrics.style_slots.set(notice.style_slots)
-            log.info(
-                "memory for styles",
-                bytes=notice.size_bytes,
-                style_slots=notice.style_slots,
-                max_rank=notice.max_rank,
-                device=notice.device,
-                available_bytes=notice.available_bytes,
-            )
-        case EngineNews():
-            metrics.engine_building.set(notice.building)
-            log.warning("engine", news=notice.sentence)
-        case EngineCacheEvent():
-            metrics.engine_event(notice)
-        case VariantFused():
-            log.info("model variant", file=notice.name, parameters=notice.parameters, ignored_tensors=notice.ignored)
 
 
 def succeeded(done: RequestStepped | Failure) -> RequestStepped:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cinecat.server.shares import BATCH_SHARE
 
@@ -25,7 +25,7 @@ class Remaining:
     seconds: float
 
 
-def forecast(jobs: Sequence[Remaining], interactive_load: float = 0.0) -> dict[str, float]:
+def forecast(jobs: Sequence[Remaining], interactive_load: float = 0.0, replicas: int = 1) -> dict[str, float]:
     """Seconds until each job is done.
 
     Interactive jobs are worked on first and leave batch jobs their share; within a class the tenants' jobs flow side by
@@ -33,7 +33,13 @@ def forecast(jobs: Sequence[Remaining], interactive_load: float = 0.0) -> dict[s
 
     Args:
         interactive_load: share of the time, 0 to below 1, that interactive jobs which are not there yet will take.
+        replicas: that work side by side; each job is on one of them at a time.
     """
+    together = _flow([replace(job, seconds=job.seconds / replicas) for job in jobs], interactive_load)
+    return {job.job_id: max(job.seconds, together[job.job_id]) for job in jobs}
+
+
+def _flow(jobs: Sequence[Remaining], interactive_load: float) -> dict[str, float]:
     batch = _by_service([job for job in jobs if not job.interactive])
     interactive = _by_service([job for job in jobs if job.interactive])
     slowed = 1.0 / (1.0 - BATCH_SHARE) if batch else 1.0

@@ -39,10 +39,15 @@ class LocalServer:
 
     @property
     def core_pid(self) -> int:
-        """Of the engine core: the front's child that loaded the model, the one with by far the most memory."""
+        """Of the engine core that was started first."""
+        return self.core_pids[0]
+
+    @property
+    def core_pids(self) -> list[int]:
+        """Of all engine cores, in the order of their starts: the front's children that were spawned."""
         tasks = Path(f"/proc/{self.process.pid}/task").glob("*/children")
-        children = [int(pid) for task in tasks for pid in task.read_text().split()]
-        return max(children, key=lambda pid: int(Path(f"/proc/{pid}/statm").read_text().split()[1]))
+        children = sorted(int(pid) for task in tasks for pid in task.read_text().split())
+        return [pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
 @contextmanager

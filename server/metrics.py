@@ -15,7 +15,7 @@ from google.rpc import code_pb2
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, disable_created_metrics
 
 from cinecat.engines.backends.store_events import Outcome
-from cinecat.engines.messages import CoreMemory, Decoded, EngineCacheEvent, SlotUse, StageTime, Stepped, StepShape
+from cinecat.engines.messages import Decoded, EngineCacheEvent, SlotUse, StageTime, Stepped, StepShape
 from cinecat.server.labels import Names, jobs_label, tokens_label
 from cinecat.server.lifecycle import FINAL_STATES, TRANSITIONS, state_name
 from cinecat.server.request_options import is_interactive
@@ -33,6 +33,11 @@ PRIORITIES = ("interactive", "batch")
 QUANTA = ("begin", "step", "decode", "evict")
 """Kinds of what the scheduler lets the engine core do."""
 
+MEMORY_KINDS = ("resident", "allocated", "peak", "available")
+
+REPLICA_STATES = ("loading", "ready", "restarting", "draining")
+"""What the engine core of a replica is about; one that has left is in none."""
+
 REMOVALS = ("age", "size", "orphan")
 """Reasons for which retention removes a job."""
 
@@ -47,6 +52,7 @@ class Metrics:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._tenants, self._styles = Names(MOST_TENANTS), Names(MOST_STYLES)
+        self._loaded: dict[str, tuple[str, ...]] = {}
         # The time when each series began would be a series more, which nothing here reads.
         disable_created_metrics()  # type: ignore[no-untyped-call]
 
@@ -59,10 +65,17 @@ class Metrics:
         def histogram(name: str, help_text: str, *labels: str, buckets: Sequence[float] = _SECONDS) -> Histogram:
             return Histogram(f"cinecat_{name}", help_text, labels, buckets=buckets, registry=registry)
 
-        self.ready = gauge("ready", "1 once the warm-up is through and jobs are taken.")
+        self.ready = gauge("ready", "1 while jobs are taken and some replica can work on them.")
         self.build_info = gauge("build_info", "1; the labels tell what is running.", "version", "python", "torch")
         self.model_info = gauge(
             "model_info", "1; the labels tell what is loaded.", "model", "family", "device", "dtype", "engine"
+        )
+
+        self.replicas = gauge(
+            "replicas",
+            "Engine cores of a model: loading, ready, restarting after a death, or draining.",
+            "model",
+            "state",
         )
 
         self.jobs = gauge("jobs", "Jobs that have not ended.", "state")
@@ -71,7 +84,7 @@ class Metrics:
         self.job_seconds = histogram("job_seconds", "From acceptance to the end of a job.", "outcome", "priority")
         self.job_errors = counter("job_errors", "Jobs that failed, by the state that they failed in.", "code", "state")
         self.requests_refused = counter("requests_refused", "RPCs answered with an error status.", "method", "code")
-        self.queue_depth = gauge("queue_depth", "Jobs waiting for the engine core.", "priority")
+        self.queue_depth = gauge("queue_depth", "Jobs waiting for an engine core.", "priority")
         self.queue_limit = gauge("queue_limit", "Jobs that may wait; one more is refused.")
         self.queue_seconds = histogram("queue_seconds", "From acceptance to the first work on a job.", "priority")
         self.first_preview_seconds = histogram(
@@ -134,8 +147,10 @@ class Metrics:
             "style",
         )
 
-        self.style_slots = gauge("style_slots", "Styles that may be resident at once.")
-        self.style_slots_resident = gauge("style_slots_resident", "Slots that hold a style or a stack of them.")
+        self.style_slots = gauge("style_slots", "Styles that may be resident at once, of all engine cores.")
+        self.style_slots_resident = gauge(
+            "style_slots_resident", "Slots that hold a style or a stack of them, of all engine cores."
+        )
         self.style_slot_hits = counter(
             "style_slot_hits", "Styles or stacks that were resident when a job came for them."
         )
@@ -148,13 +163,14 @@ class Metrics:
         )
         self.engine_build_seconds = histogram("engine_build_seconds", "Building one engine.")
         self.engine_building = gauge(
-            "engine_building", "1 while the engine that the settings name is being built and torch stands in."
+            "engine_building",
+            "Engine cores for which the engine that the settings name is being built while torch stands in.",
         )
         self.core_restarts = counter("core_restarts", "Engine cores started after one died.")
         self.core_memory = gauge(
             "core_memory_bytes",
-            "Memory as the engine core last saw it: resident of its process, and allocated, at its peak and available "
-            "of its device (a CPU is its host).",
+            "Memory as the engine cores last saw it, summed over them: resident of their processes, and allocated, at "
+            "its peak and available of their devices (a CPU is its host, and counts for each core on it).",
             "kind",
         )
         self._begin_at_zero()
@@ -252,18 +268,13 @@ class Metrics:
         for style in {style.name for style in clip.styles if style.strength} or {""}:
             self.style_device_seconds.labels(self._styles.label(style)).inc(seconds)
 
-    def slots(self, resident: int, use: SlotUse) -> None:
-        """What is in the style slots, and what one call did with them."""
-        self.style_slots_resident.set(resident)
+    def slots_used(self, use: SlotUse) -> None:
+        """What one call did with the style slots."""
         self.style_slot_hits.inc(use.hits)
         self.style_slot_loads.inc(len(use.swap_seconds))
         self.style_slot_evictions.inc(use.evictions)
         for seconds in use.swap_seconds:
             self.style_swap_seconds.observe(seconds)
-
-    def memory(self, memory: CoreMemory) -> None:
-        for kind in ("resident", "allocated", "peak", "available"):
-            self.core_memory.labels(kind).set(getattr(memory, f"{kind}_bytes"))
 
     def engine_event(self, event: EngineCacheEvent) -> None:
         self.engine_cache.labels(event.outcome).inc()
@@ -272,8 +283,16 @@ class Metrics:
 
     def loaded(self, model: models_pb2.Model) -> None:
         """What is served, and on which engine from now on."""
-        self.model_info.clear()
-        self.model_info.labels(model.name, model.family, model.device, model.dtype, model.engine).set(1)
+        self.unloaded(model)
+        labels = self._loaded[model.name] = (model.name, model.family, model.device, model.dtype, model.engine)
+        self.model_info.labels(*labels).set(1)
+        for state in REPLICA_STATES:
+            self.replicas.labels(model.name, state)
+
+    def unloaded(self, model: models_pb2.Model) -> None:
+        """A model is no longer served."""
+        if (labels := self._loaded.pop(model.name, None)) is not None:
+            self.model_info.remove(*labels)
 
 
 def priority_name(job: pb.Job) -> str:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from cinecat.engines.errors import ModelError
 from cinecat.engines.messages import VAE_TEMPORAL_STRIDE, ModelInfo
 from cinecat.engines.tokens.budget import step_tokens
 from cinecat.engines.tokens.grid import Grid
-from cinecat.server.settings import Settings
+from cinecat.server.settings import Settings, clip_size
 from cinecat.v1 import clip_pb2, models_pb2
 
 MAX_PROMPT_CHARACTERS = 4096
@@ -21,7 +24,11 @@ _GPU_TOKENS = 680_400  # 3840 x 2160 x 81 frames
 
 
 def describe_model(info: ModelInfo, settings: Settings) -> models_pb2.Model:
-    """The Models service's answer for a loaded model."""
+    """The Models service's answer for a loaded model; `settings` are the model's.
+
+    Raises:
+        ModelError: the setting default_size is none of the model's sizes.
+    """
     max_tokens = settings.max_tokens or (_CPU_TOKENS if info.device == "cpu" else _GPU_TOKENS)
     return models_pb2.Model(
         name=info.name,
@@ -52,6 +59,17 @@ def describe_model(info: ModelInfo, settings: Settings) -> models_pb2.Model:
     )
 
 
+def fitting_model(models: Sequence[models_pb2.Model], clip: clip_pb2.ClipSpec) -> int:
+    """Index of the model for a request that names none: the first where it gives no size, else the one whose own size
+    is the smallest that has as many pixels as the clip, else the one whose own size is the largest.
+    """
+    if not (clip.HasField("width") and clip.HasField("height")):
+        return 0
+    areas = [model.defaults.width * model.defaults.height for model in models]
+    covering = [area for area in areas if area >= clip.width * clip.height]
+    return areas.index(min(covering) if covering else max(areas))
+
+
 def token_grid(model: models_pb2.Model, clip: clip_pb2.ClipSpec) -> Grid:
     """The patches of a clip of an allowed size and length; the uniform path has a token for each."""
     multiple = model.limits.size_multiple
@@ -71,17 +89,30 @@ def _frames_within(max_tokens: int) -> int:
     return (max(1, max_tokens // 4) - 1) * VAE_TEMPORAL_STRIDE + 1
 
 
+def _own_size(info: ModelInfo) -> tuple[int, int, int]:
+    if info.family == "wan2.1-i2v-tiny":
+        return 128, 128, 17
+    # The checkpoints differ in nothing but their weights and what they are called.
+    return (1280, 720, 81) if "720P" in info.name.upper() else (832, 480, 81)
+
+
 def _defaults(info: ModelInfo, settings: Settings, max_tokens: int) -> clip_pb2.ClipSpec:
-    """Wan's own 480p setting for the real models, the training shape for the tiny one; shorter, then smaller, where
-    that is more than the limits allow.
+    """The setting default_size, else Wan's own sizes for the real models and the training shape for the tiny one;
+    shorter, then smaller, where that is more than the limits allow.
     """
     tiny = info.family == "wan2.1-i2v-tiny"
+    width, height, frames = clip_size(settings.default_size) if settings.default_size else _own_size(info)
+    if width % info.size_multiple or height % info.size_multiple or frames % 4 != 1:
+        raise ModelError(
+            f"default_size: {settings.default_size} is no size of {info.name}: width and height are multiples of "
+            f"{info.size_multiple}, frames 4k + 1"
+        )
     clip = clip_pb2.ClipSpec(
         model=info.name,
         fit=clip_pb2.FIT_CROP,
-        width=128 if tiny else 832,
-        height=128 if tiny else 480,
-        frames=17 if tiny else 81,
+        width=width,
+        height=height,
+        frames=frames,
         fps=8.0 if tiny else 16.0,
         steps=min(8 if tiny else 40, settings.max_steps),
         guidance_scale=1.0 if tiny else 5.0,

@@ -1,4 +1,4 @@
-"""One job's way through the engine core: condition, steps, decode, and its files."""
+"""One job's way through an engine core: condition, steps, decode, and its files."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,10 +35,11 @@ from cinecat.engines.messages import (
 from cinecat.engines.tokens.budget import step_tokens
 from cinecat.engines.tokens.grid import Grid
 from cinecat.server import previews
-from cinecat.server.artifacts import ArtifactInfo, ArtifactStore
+from cinecat.server.artifacts import ArtifactStore
 from cinecat.server.checkpoints import Checkpoints
 from cinecat.server.clip_files import ClipFiles, frame_dtype
-from cinecat.server.core_process import CoreProcess, FrameBuffer, tell
+from cinecat.server.core import Core
+from cinecat.server.core_process import FrameBuffer
 from cinecat.server.costs import Costs, pixel_frames, rows_of
 from cinecat.server.inputs import JobInputs
 from cinecat.server.jobs import Jobs
@@ -48,7 +49,9 @@ from cinecat.server.models import token_grid
 from cinecat.server.patience import Patience
 from cinecat.server.policy import Phase
 from cinecat.server.profiles import next_profile, note_profile
+from cinecat.server.replica import Replica
 from cinecat.server.styles import StyleCatalogue
+from cinecat.server.tally import Tally
 from cinecat.v1 import clip_pb2, models_pb2
 from cinecat.v1 import job_pb2 as pb
 
@@ -61,19 +64,6 @@ _WORTH_SAVING_S = 1.0
 
 class Stopped(Exception):
     """The job was cancelled and its work has stopped."""
-
-
-@dataclass
-class _Tally:
-    """What becomes of a rendering's measurements in the job's result."""
-
-    timings: list[StageTime] = field(default_factory=list)
-    plan_seconds: float = 0.0
-    denoise_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    step_tokens: list[int] = field(default_factory=list)
-    engine: str = ""
-    tokens_uniform: int = 0
 
 
 @dataclass
@@ -94,9 +84,8 @@ class CheckpointRule:
 
 @dataclass(frozen=True)
 class Renderer:
-    """What every rendering works with."""
+    """What every rendering of a model works with, whichever replica it is on."""
 
-    core: CoreProcess
     model: models_pb2.Model
     jobs: Jobs
     catalogue: StyleCatalogue
@@ -110,11 +99,12 @@ class Renderer:
     profile_dir: Path | None = None
 
     def take(self, live: LiveJob) -> Rendering:
-        """What takes a queued job through the core."""
+        """What takes a queued job through a core."""
         return Rendering(self, live)
 
     async def step(self, renderings: Sequence[Rendering]) -> Stepped:
-        """One step of renderings whose coming steps have one shape; what it answers goes to `Rendering.stepped`.
+        """One step of renderings on one replica, whose coming steps have one shape; what it answers goes to
+        `Rendering.stepped`.
 
         Raises:
             EngineError, CoreDied: the forward failed, and no rendering has changed.
@@ -126,7 +116,7 @@ class Renderer:
         wanted = frozenset(each.live.job_id for each in renderings if each.wants_preview)
         ids = tuple(each.live.job_id for each in renderings)
         path = next_profile(self.profile_dir, renderings[0].live) if len(renderings) == 1 else ""
-        stepped = await self.core.call(Step(ids, wanted, path), Stepped)
+        stepped = await renderings[0].core.call(Step(ids, wanted, path), Stepped)
         if path:
             await note_profile(renderings[0].live, path)
         else:
@@ -136,13 +126,14 @@ class Renderer:
 
 
 class Rendering:
-    """One job on its way through the engine core, one call to the core at a time.
+    """One job on its way through an engine core, one call to the core at a time.
 
     `begin`, then `Renderer.step` while there is a `next`, `decode` until `decoded`, `leave_core` and `finish`. Between
     two of them the scheduler may do something else, or nothing ever again after `abandon`; after `suspend` it begins
     anew from the checkpoint.
 
     Attributes:
+        replica: that has it; None while it waits for one.
         phase: how far it is.
         next: shape of the coming step; None where all are done, or it is not in the core.
         state_bytes: that it holds in the core; 0 until that was seen once.
@@ -152,6 +143,7 @@ class Rendering:
 
     def __init__(self, renderer: Renderer, live: LiveJob) -> None:
         self.live = live
+        self.replica: Replica | None = None
         self.phase = Phase.WAITING
         self.next: StepShape | None = None
         self.rows = rows_of(live.job.clip)
@@ -159,7 +151,7 @@ class Rendering:
         self.alone = False
         self.steps_in_core = 0
         self._renderer = renderer
-        self._tally = _Tally()
+        self._tally = Tally()
         self._seen = _Seen()
         self._keep_ratio = live.job.clip.tokenization.keep_ratio or 1.0  # that the core holds the clip to
         self._saved_step = self._tried_step = 0
@@ -171,8 +163,19 @@ class Rendering:
 
     @property
     def in_core(self) -> bool:
-        """Whether the core holds its state."""
+        """Whether a core holds its state."""
         return self.phase is not Phase.WAITING
+
+    @property
+    def core(self) -> Core:
+        """Of its replica."""
+        assert self.replica is not None
+        return self.replica.core
+
+    @property
+    def styles(self) -> frozenset[str]:
+        """Fingerprints of what it wears."""
+        return frozenset(style.fingerprint for style in self.live.job.clip.styles if style.strength)
 
     @property
     def engine(self) -> str:
@@ -201,16 +204,17 @@ class Rendering:
         return _step_tokens(token_grid(self._renderer.model, clip), clip.steps, self._keep_ratio)
 
     async def begin(self) -> None:
-        """Encodes the inputs, and takes up the checkpoint where there is one.
+        """Encodes the inputs in its replica's core, and takes up the checkpoint where there is one.
 
         Raises:
             Stopped: the job was cancelled.
             RequestError, UnknownStyle, EngineError, CoreDied: it failed.
         """
         self._stop_if_asked()
-        r, live, clip = self._renderer, self.live, self.live.job.clip
+        r, live, clip, replica = self._renderer, self.live, self.live.job.clip, self.replica
+        assert replica is not None
         if clip.model != r.model.name:
-            raise EngineError(f"the job was accepted for the model {clip.model}, this server now has {r.model.name}")
+            raise EngineError(f"the job was accepted for the model {clip.model}, which this server no longer has")
         await self._move(pb.JOB_STATE_CONDITIONING)
         waited = (live.job.start_time.ToMicroseconds() - live.job.create_time.ToMicroseconds()) / 1e6
         shot = Shot(
@@ -227,12 +231,12 @@ class Rendering:
             cat=_cat(clip.tokenization),
         )
         self._stop_if_asked()
-        conditioned = await r.core.call(Condition(shot, str(r.checkpoints.path(live.job_id))), Conditioned)
-        r.catalogue.activity.resident = conditioned.resident
+        conditioned = await replica.core.call(Condition(shot, str(r.checkpoints.path(live.job_id))), Conditioned)
+        replica.resident = conditioned.resident
         for news in conditioned.news:
-            tell(news, r.metrics)
-        r.metrics.slots(len(conditioned.resident), conditioned.slots)
-        r.metrics.memory(conditioned.memory)
+            replica.gauges.tell(news)
+        replica.gauges.slots(len(conditioned.resident), conditioned.slots)
+        replica.gauges.memory(conditioned.memory)
         if r.model.engine != conditioned.engine:
             r.model.engine = conditioned.engine
             r.metrics.loaded(r.model)
@@ -307,7 +311,7 @@ class Rendering:
         r, live = self._renderer, self.live
         self._tried_step, self._unsaved_seconds = live.job.progress.step, 0.0
         try:
-            saved = await r.core.call(Save(live.job_id, str(r.checkpoints.path(live.job_id))), Saved)
+            saved = await self.core.call(Save(live.job_id, str(r.checkpoints.path(live.job_id))), Saved)
         except CoreDied:
             raise
         except EngineError as error:
@@ -328,16 +332,17 @@ class Rendering:
         """
         self._stop_if_asked()
         await self.denoising()
-        r, live, clip = self._renderer, self.live, self.live.job.clip
+        r, live, clip, replica = self._renderer, self.live, self.live.job.clip, self.replica
+        assert replica is not None
         if live.job.state == pb.JOB_STATE_DENOISING:
             await self._move(pb.JOB_STATE_DECODING)
             self._files = await asyncio.to_thread(ClipFiles, r.artifacts, live.job_id, clip, self._tally.engine)
             self._buffer = FrameBuffer(clip.height, clip.width, VAE_TEMPORAL_STRIDE, frame_dtype(clip))
         buffer = self._buffer
         assert buffer is not None
-        decoded = await r.core.call(Decode(live.job_id, buffer.name, buffer.dtype), Decoded)
+        decoded = await replica.core.call(Decode(live.job_id, buffer.name, buffer.dtype), Decoded)
         self._tally.decode_seconds += decoded.seconds
-        r.metrics.memory(decoded.memory)
+        replica.gauges.memory(decoded.memory)
         r.metrics.communicated(decoded)
         if not self._seen.frames:
             self._seen.frames = True
@@ -393,8 +398,9 @@ class Rendering:
             if self._buffer is not None:
                 buffer, self._buffer = self._buffer, None
                 buffer.close()
-        with self._logged(), contextlib.suppress(EngineError):
-            await self._renderer.core.call(Release(self.live.job_id), Released)
+        if self.replica is not None:
+            with self._logged(), contextlib.suppress(EngineError):
+                await self.core.call(Release(self.live.job_id), Released)
 
     async def abandon(self) -> None:
         """Gives up: leaves the core, and no file behind but the checkpoint. Does not raise."""
@@ -435,14 +441,8 @@ class Rendering:
         self._stop_if_asked()
         await self._move(pb.JOB_STATE_ENCODING)
         published = await asyncio.to_thread(self._files.publish)
-        if live.job.clip.tokenization.mode == clip_pb2.Tokenization.CAT:
-            tally.timings.append(StageTime("plan", tally.plan_seconds))
-        tally.timings += [
-            StageTime("denoise", tally.denoise_seconds),
-            StageTime("vae_decode", tally.decode_seconds),
-            StageTime("mux", self._files.seconds),
-        ]
-        result = _result(tally, live.job.clip, published)
+        tally.complete(live.job.clip, self._files.seconds)
+        result = tally.result(live.job.clip, published)
         await self._move(pb.JOB_STATE_SUCCEEDED, lambda job: job.result.CopyFrom(result))
         for timing in tally.timings:
             r.metrics.stage(timing)
@@ -455,25 +455,6 @@ class Rendering:
 @lru_cache(maxsize=1024)
 def _step_tokens(grid: Grid, steps: int, keep_ratio: float) -> tuple[int, ...]:
     return step_tokens(grid, steps, keep_ratio)
-
-
-def _result(tally: _Tally, clip: clip_pb2.ClipSpec, published: list[ArtifactInfo]) -> pb.ClipResult:
-    mean = sum(tally.step_tokens) / len(tally.step_tokens)
-    result = pb.ClipResult(
-        tokens_used=round(mean),
-        tokens_uniform=tally.tokens_uniform,
-        engine=tally.engine,
-        step_tokens=tally.step_tokens,
-        keep_ratio=mean / tally.tokens_uniform,
-    )
-    for timing in tally.timings:
-        entry = result.timings.add(stage=pb.Stage.Value(f"STAGE_{timing.stage.upper()}"), cached=timing.cached)
-        entry.duration.FromNanoseconds(int(timing.seconds * 1e9))
-    for value, info in zip(clip.artifact_formats, published, strict=True):
-        result.artifacts.add(
-            name=info.name, format=value, mime_type=info.mime_type, size_bytes=info.size_bytes, sha256=info.sha256
-        )
-    return result
 
 
 def _cat(tokenization: clip_pb2.Tokenization) -> Cat | None:

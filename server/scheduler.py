@@ -1,5 +1,5 @@
-"""Works off the queue, one quantum of the engine core after the other, as the policy says; and what happens when a
-quantum fails or the core dies.
+"""Works off the queue with one replica, one quantum of its engine core after the other, as the policy says; and what
+happens when a quantum fails or the core dies.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from cinecat.engines.errors import CoreDied, EngineError, NoFreeSlot
 from cinecat.engines.messages import RequestStepped
 from cinecat.server.backlog import Backlog
 from cinecat.server.circuit import Circuit
-from cinecat.server.core_process import CoreProcess, succeeded
-from cinecat.server.errors import RequestError, ShuttingDown, explain, status_of
+from cinecat.server.core_process import succeeded
+from cinecat.server.errors import explain, status_of
 from cinecat.server.jobs import Jobs
-from cinecat.server.live_job import LiveJob
 from cinecat.server.metrics import Metrics
 from cinecat.server.patience import NotStored, Patience
 from cinecat.server.policy import Advance, Begin, Decision, DecodeChunk, Evict, Policy
 from cinecat.server.render import Renderer, Rendering, Stopped
+from cinecat.server.replica import Replica
 from cinecat.v1 import job_pb2 as pb
 
 MAX_ATTEMPTS = 3
@@ -36,108 +36,113 @@ log = structlog.get_logger(__name__)
 
 
 class Scheduler:
-    """The task that works off the backlog."""
+    """The task that works off a backlog with one replica."""
 
     def __init__(
         self,
         jobs: Jobs,
         renderer: Renderer,
-        core: CoreProcess,
+        replica: Replica,
         backlog: Backlog,
         policy: Policy,
         metrics: Metrics,
         patience: Patience,
-        on_core_state: Callable[[bool], Awaitable[None]],
+        circuit: Circuit,
+        on_works: Callable[[bool], Awaitable[None]],
     ) -> None:
-        """`on_core_state` hears whether there is an engine core to work with."""
+        """`on_works` hears when the replica has lost its engine core, and when it has another."""
         self._jobs = jobs
         self._renderer = renderer
-        self._core = core
+        self._replica = replica
         self._backlog = backlog
         self._policy = policy
         self._metrics = metrics
-        self._on_core_state = on_core_state
-        self._arrival = asyncio.Event()
-        self._circuit = Circuit()
+        self._on_works = on_works
+        self._arrival = backlog.replicas[replica] = asyncio.Event()
+        self._circuit = circuit
         self._finishing: set[asyncio.Task[None]] = set()
         self._patience = patience
         self._drain = patience.drain
-        jobs.on_dequeued = backlog.tell_positions
-
-    def admit(self, request_hash: str = "") -> None:
-        """Says whether one more job may be accepted.
-
-        Raises:
-            ShuttingDown, RequestError: it may not.
-        """
-        if self._drain.is_set():
-            raise ShuttingDown("the server is shutting down; try again in a moment")
-        if self._backlog.is_full:
-            message = f"{self._backlog.waiting} jobs are waiting, which is all that may; try again later"
-            raise RequestError(grpc.StatusCode.RESOURCE_EXHAUSTED, message)
-        self._circuit.check(request_hash)
-
-    def enqueue(self, live: LiveJob) -> None:
-        """Takes on an accepted job."""
-        self._backlog.add(self._renderer.take(live))
-        self._arrival.set()
+        self._retiring = self._sending_out = False
 
     async def run(self) -> None:
-        """Works until `drain`, and then until the jobs that are in the core have left it."""
-        while self._backlog.in_core or not self._drain.is_set():
-            if self._core.died.is_set():
+        """Works until the drain or `retire`, and then until the jobs that are in the core have left it."""
+        while self._backlog.claimed_by(self._replica) or not self._closing:
+            if self._replica.core.died.is_set():
+                self._no_longer_idle()
                 await self._lost([], CoreDied("the engine core died between two calls"))
                 await self._restart_core()
                 continue
             await self._stop_cancelled()
-            decision = self._policy(self._backlog.snapshot(resident_only=self._drain.is_set()))
-            if decision is None:
-                if not self._drain.is_set():
-                    await self._idle()
-                continue
-            await self._do(decision)
+            decision = self._decide()
+            if decision is not None:
+                await self._do(decision)
+            elif not self._closing:
+                self._replica.idle = True
+                await self._idle()
+        del self._backlog.replicas[self._replica]
+        self._no_longer_idle()
 
-    async def drain(self, worker: asyncio.Task[None], seconds: float, hurry: asyncio.Event) -> None:
-        """Lets no further job in, gives those in the core this long or until `hurry`, then puts them back into the
-        queue, where they wait for the next start with what was saved of them.
-
-        A job whose files are still being finished at the end of it is found unfinished by the next start.
-        """
-        self._drain.set()
+    def retire(self) -> None:
+        """Lets no further job in: `run` ends when those in the core are done."""
+        self._retiring = True
         self._arrival.set()
-        hurrying = asyncio.create_task(hurry.wait())
-        await asyncio.wait([worker, hurrying], timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-        if not worker.done():
-            # A forward cannot be interrupted, a process can.
-            self._core.kill()
-            await asyncio.wait([worker])
+
+    def send_out(self) -> None:
+        """Has a replica that retires save its jobs and give them back, each at the end of its step. One that cannot be
+        saved goes on to its end.
+        """
+        self._sending_out = True
+
+    async def finished(self) -> None:
+        """Until the files of jobs that have left the core are complete."""
         if self._finishing:
-            finishing = asyncio.create_task(asyncio.wait(self._finishing))
-            await asyncio.wait({finishing, hurrying}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-        hurrying.cancel()
+            await asyncio.wait(self._finishing)
+
+    @property
+    def _closing(self) -> bool:
+        return self._retiring or self._drain.is_set()
+
+    def _decide(self) -> Decision | None:
+        if self._sending_out:
+            for rendering in self._backlog.claimed_by(self._replica):
+                if rendering.can_be_saved:
+                    return Evict(rendering.live.job_id)
+        return self._policy(self._backlog.snapshot(self._replica, resident_only=self._closing))
+
+    def _no_longer_idle(self) -> None:
+        if self._replica.idle:
+            self._replica.idle = False
+            self._backlog.wake()
 
     async def _idle(self) -> None:
         """Waits for a job, and replaces a core that dies with none. With nothing in the core, nobody says that a style
         slot is free again, so jobs that wait for one are tried from time to time.
         """
         self._arrival.clear()
-        waits = [asyncio.create_task(event.wait()) for event in (self._arrival, self._core.died)]
-        retry_seconds = _SLOT_RETRY_S if self._backlog.slots_full else None
+        waits = [asyncio.create_task(event.wait()) for event in (self._arrival, self._replica.core.died)]
+        retry_seconds = _SLOT_RETRY_S if self._replica.slots_full else None
         done, _ = await asyncio.wait(waits, timeout=retry_seconds, return_when=asyncio.FIRST_COMPLETED)
         for wait in waits:
             wait.cancel()
         if not done:
-            self._backlog.slots_full = False
+            self._replica.slots_full = False
 
     async def _stop_cancelled(self) -> None:
         for rendering in self._backlog.unfinished:
-            if rendering.live.stop_requested and not rendering.live.ended:
+            live, ours = rendering.live, rendering.replica in (None, self._replica)
+            if live.stop_requested and not live.ended and ours:
+                self._backlog.claim(rendering, self._replica)
                 await self._give_up(rendering, Stopped())
 
     async def _do(self, decision: Decision) -> None:
         """One quantum. Whatever goes wrong in it is dealt with here."""
         ids = decision.job_ids if isinstance(decision, Advance) else (decision.job_id,)
         renderings = [self._backlog[job_id] for job_id in ids]
+        if isinstance(decision, Begin):
+            # Before anything is waited for: another replica may be about to decide.
+            self._backlog.claim(renderings[0], self._replica)
+        self._no_longer_idle()
         try:
             with self._backlog.charged(_QUANTA[type(decision)], renderings):
                 match decision:
@@ -190,7 +195,7 @@ class Scheduler:
         self._backlog.report(rendering)
         if rendering.decoded:
             await rendering.leave_core()
-            self._backlog.remove(rendering)
+            self._remove(rendering)
             finishing = asyncio.create_task(self._finish(rendering))
             self._finishing.add(finishing)
             finishing.add_done_callback(self._finishing.discard)
@@ -198,14 +203,21 @@ class Scheduler:
     async def _evict(self, rendering: Rendering) -> None:
         if not await rendering.suspend():
             return
-        self._metrics.preemptions.inc()
-        live = rendering.live
+        live, step = rendering.live, rendering.live.job.progress.step
+        if self._sending_out:
+            why = "its engine core is taken out of service"
+        else:
+            why = "a more urgent clip needs the room"
+            self._metrics.preemptions.inc()
         live.excuse()
-        live.log.info("job sent out", step=live.job.progress.step)
-        self._backlog.slots_full = False
-        reason = f"a more urgent clip needs the room; goes on from step {live.job.progress.step}"
-        await self._store(rendering, lambda: self._jobs.requeue(live, reason))
-        self._backlog.tell_positions()
+        live.log.info("job sent out", step=step)
+        self._replica.slots_full = False
+        await self._store(rendering, lambda: self._jobs.requeue(live, f"{why}; goes on from step {step}"))
+        self._backlog.give_back(rendering)
+
+    def _remove(self, rendering: Rendering) -> None:
+        self._replica.slots_full = False
+        self._backlog.remove(rendering)
 
     async def _finish(self, rendering: Rendering) -> None:
         try:
@@ -231,7 +243,7 @@ class Scheduler:
         if isinstance(error, NoFreeSlot) and not stopped:
             await self._await_slot(rendering, error)
             return
-        self._backlog.remove(rendering)
+        self._remove(rendering)
         if isinstance(error, NotStored):
             return  # and the next start finds it unfinished
         if stopped:
@@ -247,41 +259,46 @@ class Scheduler:
         live = rendering.live
         live.log.info("job waits for a style slot", reason=f"{error}")
         live.excuse()
+        self._replica.slots_full = True
         self._backlog.found_no_slot(rendering)
         await self._store(rendering, lambda: self._jobs.requeue(live, f"{error}"))
-        self._backlog.tell_positions()
+        self._backlog.give_back(rendering)
 
     async def _lost(self, involved: Sequence[Rendering], error: CoreDied) -> None:
         """The core died in a quantum of these jobs, and everything that it held is gone. One that was alone in it may
         be what killed it; of several, each is tried alone before any is blamed. The others only begin anew.
         """
-        for rendering in self._backlog.in_core:
+        self._replica.lost()
+        for rendering in self._backlog.claimed_by(self._replica):
             if rendering not in involved:
                 await self._put_back(rendering, error, blamed=False)
         for rendering in involved:
             rendering.alone = True
             await self._put_back(rendering, error, blamed=len(involved) == 1)
-        self._backlog.slots_full = False
-        self._backlog.tell_positions()  # those that were put back wait for a new core, which may take minutes
+        self._replica.slots_full = False
+        self._backlog.tell_positions()  # those that were put back may wait for a new core, which may take minutes
 
     async def _put_back(self, rendering: Rendering, error: CoreDied, *, blamed: bool) -> None:
         live = rendering.live
         await rendering.abandon()
         if live.ended:
+            self._backlog.give_back(rendering)  # it is, where its end cannot be stored
             return
         live.log.error("engine core died", attempt=live.attempts, blamed=blamed, error=f"{error}")
         if live.stop_requested:
-            self._backlog.remove(rendering)
+            self._remove(rendering)
             await self._store(rendering, lambda: self._jobs.transition(live, pb.JOB_STATE_CANCELLED))
         elif blamed and live.attempts >= MAX_ATTEMPTS and not self._drain.is_set():
-            self._backlog.remove(rendering)
+            self._remove(rendering)
             self._circuit.open(live.request_hash, live.job_id)
             code, message = status_of(error).value[0], f"{error}; the job was tried {live.attempts} times"
             await self._store(rendering, lambda: self._jobs.fail(live, code, message))
-        elif live.job.state != pb.JOB_STATE_QUEUED:
-            if not blamed or self._drain.is_set():
-                live.excuse()
-            await self._store(rendering, lambda: self._jobs.requeue(live))
+        else:
+            if live.job.state != pb.JOB_STATE_QUEUED:
+                if not blamed or self._drain.is_set():
+                    live.excuse()
+                await self._store(rendering, lambda: self._jobs.requeue(live))
+            self._backlog.give_back(rendering)
 
     async def _store(self, rendering: Rendering, transition: Callable[[], Awaitable[None]]) -> None:
         """Stores what became of a job, however long that takes. Does not raise."""
@@ -294,16 +311,16 @@ class Scheduler:
             rendering.live.log.warning("too late for a transition", error=f"{error}")
 
     async def _restart_core(self) -> None:
-        """Tries until there is a core again, or the drain begins."""
+        """Tries until there is a core again, or none is needed any more."""
         log.error("engine core is gone; starting another")
-        await self._on_core_state(False)
+        await self._on_works(False)
         for attempt in itertools.count():
-            if await self._patience.drained_while_waiting(attempt):
+            if await self._patience.drained_while_waiting(attempt) or self._retiring:
                 return
             try:
-                await self._core.restart()
+                await self._replica.core.restart()
             except (EngineError, OSError) as error:
                 log.error("engine core does not start", attempt=attempt, error=f"{error}")
                 continue
-            await self._on_core_state(True)
+            await self._on_works(True)
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
 import tomllib
@@ -11,10 +12,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_serializer, field_validator
 
 from cinecat.engines.backends.store_folder import DEFAULT_MAX_GIB, default_engine_folder
 from cinecat.engines.sharding.layout import parse_layout
+from cinecat.server.cards import ANY_CARD, device_names
 from cinecat.server.database import check_url, masked
 
 ENVIRONMENT_PREFIX = "CINECAT_"
@@ -26,7 +28,22 @@ _OTHER_VARIABLES = frozenset({"CINECAT_SERVER", "CINECAT_TENANT", "CINECAT_CONFI
 _SERVICE_LINKS = re.compile(r"CINECAT_(PORT|SERVICE)(_.*)?")
 
 
-_MAY_HOLD_PASSWORDS = frozenset({"database_url", "page_keys", "trace_endpoint"})
+# In errors: the first may hold passwords, the last says itself what is wrong.
+_NOT_SHOWN = frozenset({"database_url", "page_keys", "trace_endpoint", "models"})
+
+NOT_INHERITED = frozenset({"model", "model_variant", "replicas", "default_size"})
+"""Settings of the first model alone."""
+
+PER_MODEL = NOT_INHERITED | {
+    *("device", "dtype", "offload", "storage_dtype", "threads", "style_slots", "max_rank", "cache_mib"),
+    *("style_cache_mib", "engine", "missing_engine", "engine_sizes", "engine_options", "max_batch", "max_tokens"),
+    *("max_steps", "shard", "shard_weights", "rank_timeout_seconds"),
+}
+"""Settings that a further model may have of its own; what it does not give is as for the first model."""
+
+MODEL_NAME = re.compile(r"[A-Za-z0-9._+-]{1,64}")
+
+_GPU = re.compile(r"cuda:\d{1,3}")
 
 TENANT_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
@@ -83,7 +100,14 @@ class Settings(BaseModel):
     model_variant: Path | None = Field(
         None, description="file whose changes are fused into the model at its start, such as a step-distill LoRA"
     )
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    replicas: int = Field(
+        1, ge=1, le=256, description="engine cores that serve the model side by side, each with weights of its own"
+    )
+    device: str = Field(
+        "auto",
+        description="auto, cpu, cuda or cuda:N, or several GPUs, as in cuda:0,cuda:1, for as many replicas; with auto "
+        "or cuda every replica takes a GPU that no other one is on",
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="of transformer and text encoder"
     )
@@ -110,6 +134,9 @@ class Settings(BaseModel):
         ge=1,
         le=3600,
         description="without a sign of life, after which a rank is taken for dead and its replica starts anew",
+    )
+    default_size: str = Field(
+        "", description="WIDTHxHEIGHTxFRAMES of a clip that asks for no size; empty is the model's own"
     )
     threads: int = Field(0, ge=0, le=1024, description="CPU threads of the engine core; 0 leaves it to torch")
     style_slots: int = Field(8, ge=1, le=1024, description="styles resident at once")
@@ -205,6 +232,65 @@ class Settings(BaseModel):
     )
     log_format: Literal["console", "json"] = Field("console", description="log lines for people or for machines")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe line logged")
+    # After what its tables may override, so that it is checked with it.
+    models: dict[str, dict[str, Any]] = Field(
+        {},
+        description="further models, each a table [models.NAME] of its own settings in the TOML file, or all of them "
+        "as JSON; NAME is what requests call it",
+    )
+
+    @property
+    def served(self) -> dict[str, Settings]:
+        """The settings of each model by its name, which is empty for the first: the checkpoint's own."""
+        inherited = self.model_dump(exclude={*NOT_INHERITED, "models", "page_keys", "database_url"})
+        return {"": self} | {name: Settings.model_validate(inherited | table) for name, table in self.models.items()}
+
+    @field_validator("models", mode="before")
+    @classmethod
+    def _from_json(cls, value: object) -> object:
+        try:
+            return json.loads(value or "{}") if isinstance(value, str) else value
+        except ValueError as error:
+            raise ValueError(f"is not JSON: {error}") from error
+
+    @field_validator("models")
+    @classmethod
+    def _are_models(cls, value: dict[str, dict[str, Any]], others: ValidationInfo) -> dict[str, dict[str, Any]]:
+        inherited = {name: other for name, other in others.data.items() if name in PER_MODEL - NOT_INHERITED}
+        for name, table in value.items():
+            if not MODEL_NAME.fullmatch(name):
+                raise ValueError(f"{name!r} is not 1 to 64 of the characters A-Z a-z 0-9 . _ + -")
+            if "model" not in table:
+                raise ValueError(f"{name}.model is missing: say which model it is")
+            for key in table.keys() - PER_MODEL:
+                near = difflib.get_close_matches(key, PER_MODEL, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"a model's are {', '.join(sorted(PER_MODEL))}"
+                raise ValueError(f"{name}.{key} is no setting of a model; {hint}")
+            try:
+                cls.model_validate(inherited | table)
+            except ValidationError as error:
+                raise ValueError("; ".join(f"{name}.{_detail(each)}" for each in error.errors())) from error
+        return value
+
+    @field_validator("device")
+    @classmethod
+    def _has_a_device_for_each_replica(cls, value: str, others: ValidationInfo) -> str:
+        names, replicas = device_names(value), others.data.get("replicas", 1)
+        if len(names) == 1 and (value in ANY_CARD or not value.startswith("cuda:")):
+            return value  # the engine core knows what there is
+        if not all(_GPU.fullmatch(name) for name in names):
+            raise ValueError("is a list of which not each is cuda:N; name GPUs alone, e.g. cuda:0,cuda:1")
+        if len(names) < replicas:
+            more = ",".join([value, *(f"cuda:{number}" for number in range(len(names), replicas))])
+            raise ValueError(f"names {len(names)} of the {replicas} GPUs that {replicas} replicas take; e.g. {more}")
+        return value
+
+    @field_validator("default_size")
+    @classmethod
+    def _is_a_size(cls, value: str) -> str:
+        if value:
+            clip_size(value)
+        return value
 
     @field_validator("styles_dirs", mode="before")
     @classmethod
@@ -335,5 +421,11 @@ def _near_miss(key: str) -> str:
 
 def _problem(detail: Any, origins: Mapping[str, str]) -> str:
     key = str(detail["loc"][0])
-    problem = f"{origins.get(key, key)}: {detail['msg'].removeprefix('Value error, ')}"
-    return problem if key in _MAY_HOLD_PASSWORDS else f"{problem}, got {detail['input']!r}"
+    return f"{origins.get(key, key)}: {_detail(detail, with_key=False)}"
+
+
+def _detail(detail: Any, with_key: bool = True) -> str:
+    key = str(detail["loc"][0])
+    problem = detail["msg"].removeprefix("Value error, ")
+    shown = problem if key in _NOT_SHOWN else f"{problem}, got {detail['input']!r}"
+    return f"{key}: {shown}" if with_key else shown

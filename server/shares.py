@@ -1,4 +1,4 @@
-"""Who had how much of the engine core: tenants, and the two classes of jobs."""
+"""Who had how much of a model's engine cores: tenants, and the two classes of jobs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LOAD_ARRIVALS = 3
 
 
 class Shares:
-    """Seconds of the engine core, as the policy weighs them.
+    """Seconds of engine cores, as the policy weighs them.
 
     Attributes:
         tenant_seconds: of the tenants that have jobs. One that comes, or comes back, starts with the least that another
@@ -45,16 +45,15 @@ class Shares:
         """Counts a tenant's part of a quantum."""
         self.tenant_seconds[tenant] = self.tenant_seconds.get(tenant, 0.0) + seconds
 
-    @property
-    def interactive_load(self) -> float:
-        """Share of the time that interactive jobs asked for lately, 0 to 0.9."""
+    def interactive_load(self, replicas: int = 1) -> float:
+        """Share of the time of so many replicas that interactive jobs asked for lately, 0 to 0.9."""
         now = self._clock()
         while self._arrivals and now - self._arrivals[0][0] > _LOAD_SECONDS:
             self._arrivals.popleft()
         if len(self._arrivals) < _LOAD_ARRIVALS:
             return 0.0
         window = max(1.0, min(_LOAD_SECONDS, now - self._began))
-        return min(1.0 - BATCH_SHARE, sum(work for _, work in self._arrivals) / window)
+        return min(1.0 - BATCH_SHARE, sum(work for _, work in self._arrivals) / (window * replicas))
 
     def arrived(self, work: float) -> None:
         """Counts an interactive job and its work, in seconds."""

@@ -10,14 +10,12 @@ from cinecat.engines.messages import ResidentStyle
 
 
 class StyleActivity:
-    """What the styles have been used for since the server started, by fingerprint. Safe to use from several threads.
-
-    Attributes:
-        resident: what was in the core's slots when it last told; set to () when a core is gone.
+    """What the styles have been used for since the server started, by fingerprint, and which slots hold them. Safe to
+    use from several threads.
     """
 
     def __init__(self) -> None:
-        self.resident: tuple[ResidentStyle, ...] = ()
+        self._resident: dict[object, tuple[ResidentStyle, ...]] = {}
         self._lock = threading.Lock()
         self._uses: Counter[str] = Counter()
         self._last_use_ns: dict[str, int] = {}
@@ -33,6 +31,15 @@ class StyleActivity:
         with self._lock:
             return self._uses[fingerprint], self._last_use_ns.get(fingerprint, 0)
 
+    def hold(self, core: object, resident: tuple[ResidentStyle, ...]) -> None:
+        """Says what is in the slots of a core; nothing, once it is gone."""
+        with self._lock:
+            if resident:
+                self._resident[core] = resident
+            else:
+                self._resident.pop(core, None)
+
     def slots(self, fingerprint: str) -> tuple[ResidentStyle, ...]:
-        """The slots that a style is in, alone or stacked."""
-        return tuple(resident for resident in self.resident if fingerprint in resident.fingerprints)
+        """The slots that a style is in, alone or stacked, of all cores."""
+        with self._lock:
+            return tuple(each for held in self._resident.values() for each in held if fingerprint in each.fingerprints)

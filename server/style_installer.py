@@ -27,7 +27,7 @@ from cinecat.plugins.manifest import (
 from cinecat.plugins.registry import Style, UnknownStyle
 from cinecat.plugins.sources import Origin
 from cinecat.server.errors import RequestError, Violation, invalid
-from cinecat.server.styles import StyleCatalogue
+from cinecat.server.style_models import StyleModels
 from cinecat.v1 import styles_pb2
 
 T = TypeVar("T")
@@ -75,7 +75,7 @@ class StyleInstaller:
     def __init__(
         self,
         installed: InstalledStyles,
-        catalogue: StyleCatalogue,
+        catalogue: StyleModels,
         max_bytes: int,
         idle_seconds: float = IDLE_SECONDS,
     ) -> None:

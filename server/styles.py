@@ -31,15 +31,21 @@ class StyleCatalogue:
         activity: what they have been used for.
     """
 
-    def __init__(self, registry: StyleRegistry, model: ModelInfo) -> None:
+    def __init__(self, registry: StyleRegistry, model: ModelInfo, activity: StyleActivity | None = None) -> None:
+        """`activity` is that of all models of a server."""
         self._registry = registry
         self._model = model
         self._dims = _dims(model)
-        self.activity = StyleActivity()
+        self.activity = activity or StyleActivity()
+
+    @property
+    def model_name(self) -> str:
+        """Of the model that they are checked against."""
+        return self._model.name
 
     @property
     def family(self) -> str:
-        """Of the model that they are checked against."""
+        """What that model is one of."""
         return self._model.family
 
     def styles(self) -> tuple[Style, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,8 +59,13 @@ class AcceptableClip:
     weights: Mapping[str, Path] = field(default_factory=dict)
 
 
-def check_clip(clip: clip_pb2.ClipSpec, model: models_pb2.Model, catalogue: StyleCatalogue) -> AcceptableClip:
-    """Resolves a request. Takes as long as decoding its image: run it in a thread.
+def check_clip(
+    clip: clip_pb2.ClipSpec, model: models_pb2.Model, catalogue: StyleCatalogue, loaded: Sequence[str] = ()
+) -> AcceptableClip:
+    """Resolves a request for a model. Takes as long as decoding its image: run it in a thread.
+
+    Args:
+        loaded: names of all models, for the message where the request names none of them.
 
     Raises:
         RequestError: with every violation found, not only the first.
@@ -71,7 +76,7 @@ def check_clip(clip: clip_pb2.ClipSpec, model: models_pb2.Model, catalogue: Styl
     worn: list[Style] = []
     size = _size(clip, resolved, model)
     violations = [
-        *_model(clip, model),
+        *_model(clip, model, loaded),
         *_prompts(clip, model.limits),
         *size,
         *_numbers(clip, resolved, model.limits),
@@ -98,10 +103,11 @@ def check_clip(clip: clip_pb2.ClipSpec, model: models_pb2.Model, catalogue: Styl
     return AcceptableClip(resolved, fitted.pixels, notes, weights)
 
 
-def _model(clip: clip_pb2.ClipSpec, model: models_pb2.Model) -> list[Violation]:
+def _model(clip: clip_pb2.ClipSpec, model: models_pb2.Model, loaded: Sequence[str]) -> list[Violation]:
     if clip.model in ("", model.name):
         return []
-    return [Violation("clip.model", f"{clip.model[:64]!r} is not loaded; loaded: {model.name}", missing=True)]
+    names = ", ".join(loaded or [model.name])
+    return [Violation("clip.model", f"{clip.model[:64]!r} is not loaded; loaded: {names}", missing=True)]
 
 
 def _prompts(clip: clip_pb2.ClipSpec, limits: models_pb2.ModelLimits) -> list[Violation]:

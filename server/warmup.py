@@ -17,13 +17,16 @@ from cinecat.engines.messages import ModelInfo, ResidentStyle
 from cinecat.plugins.registry import StyleRegistry
 from cinecat.server.artifacts import ArtifactStore
 from cinecat.server.checkpoints import Checkpoints
-from cinecat.server.core_process import CoreProcess, succeeded
+from cinecat.server.core import Core
+from cinecat.server.core_gauges import CoreGauges
+from cinecat.server.core_process import succeeded
 from cinecat.server.costs import Costs
 from cinecat.server.inputs import JobInputs
 from cinecat.server.jobs import Jobs
 from cinecat.server.metrics import Metrics
 from cinecat.server.patience import Patience
 from cinecat.server.render import CheckpointRule, Renderer
+from cinecat.server.replica import Replica
 from cinecat.server.store import JobStore
 from cinecat.server.styles import StyleCatalogue
 from cinecat.v1 import clip_pb2, job_pb2, models_pb2
@@ -34,7 +37,7 @@ _STEPS = 2
 log = structlog.get_logger(__name__)
 
 
-async def warm_up(core: CoreProcess, info: ModelInfo, model: models_pb2.Model) -> tuple[ResidentStyle, ...]:
+async def warm_up(core: Core, info: ModelInfo, model: models_pb2.Model) -> tuple[ResidentStyle, ...]:
     """Renders a clip of the smallest size, with guidance and a style made for the purpose.
 
     Returns:
@@ -62,9 +65,8 @@ async def warm_up(core: CoreProcess, info: ModelInfo, model: models_pb2.Model) -
         checkpoints = Checkpoints(folder / "checkpoints")
         jobs = Jobs(JobStore(folder / "jobs.sqlite"), inputs, checkpoints, 0.0, metrics)
         rule = CheckpointRule(steps=_STEPS, seconds=0.0)
-        renderer = Renderer(
-            core, model, jobs, catalogue, inputs, artifacts, checkpoints, rule, metrics, Costs(), Patience()
-        )
+        renderer = Renderer(model, jobs, catalogue, inputs, artifacts, checkpoints, rule, metrics, Costs(), Patience())
+        replica = Replica(core, CoreGauges(metrics), catalogue.activity)
         # The first preview fits a map to the VAE.
         previews = job_pb2.Previews(every_steps=1)
         job = job_pb2.Job(job_id=uuid.uuid4().hex, clip=clip, detached=True, previews=previews)
@@ -72,6 +74,7 @@ async def warm_up(core: CoreProcess, info: ModelInfo, model: models_pb2.Model) -
         assert live is not None
         try:
             rendering = renderer.take(live)
+            rendering.replica = replica
             await rendering.begin()
             while rendering.next is not None:
                 stepped = await renderer.step([rendering])
@@ -86,7 +89,7 @@ async def warm_up(core: CoreProcess, info: ModelInfo, model: models_pb2.Model) -
         finally:
             await jobs.close()
     log.info("warm", seconds=round(time.perf_counter() - started, 2))
-    return catalogue.activity.resident
+    return replica.resident
 
 
 def _write_style(folder: Path, info: ModelInfo) -> str:

@@ -25,12 +25,13 @@ class Preview:
 class StyleInfo:
     """A style that the server offers.
 
-    `incompatibility` says why the server's model cannot wear it; empty if it can. `sampler` holds what requests that do
-    not say take of "steps", "guidance_scale" and "shift", `base_dims` the sizes it was made for. `fingerprint` is the
-    SHA-256 of its weights. `ignored_keys` are tensors of the file that do nothing, with the reason: `style` gives the
-    first 100 of `ignored_key_count`, `styles` none. `origin` is "bundled", "folder", "installed" or "package", and
-    `provider` the folder or package. It is resident while it is in `slots`, which take `slot_bytes`. `uses` counts the
-    jobs begun with it since the server started, `jobs` those that are not done with it.
+    `models` names the server's models that can wear it; `incompatibility` says why none can, where that is so.
+    `sampler` holds what requests that do not say take of "steps", "guidance_scale" and "shift", `base_dims` the sizes
+    it was made for. `fingerprint` is the SHA-256 of its weights. `ignored_keys` are tensors of the file that do
+    nothing, with the reason: `style` gives the first 100 of `ignored_key_count`, `styles` none. `origin` is "bundled",
+    "folder", "installed" or "package", and `provider` the folder or package. It is resident while it is in `slots`,
+    which take `slot_bytes`. `uses` counts the jobs begun with it since the server started, `jobs` those that are not
+    done with it.
     """
 
     name: str
@@ -61,6 +62,7 @@ class StyleInfo:
     uses: int
     last_use_time: datetime | None
     jobs: int
+    models: tuple[str, ...] = ()
 
     @property
     def resident(self) -> bool:
@@ -173,6 +175,7 @@ def style_from_proto(style: styles_pb2.Style) -> StyleInfo:
         uses=style.uses,
         last_use_time=moment(style, "last_use_time"),
         jobs=style.jobs,
+        models=tuple(style.models),
     )
 
 

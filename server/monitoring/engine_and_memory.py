@@ -88,6 +88,13 @@ CORE = Row(
             whole=True,
         ),
         Panel(
+            "Replicas",
+            "Engine cores by model and by what they are about. Jobs of a model wait while none of its cores is ready.",
+            (Query("sum by (model, state) (cinecat_replicas{@})", "{{model}} {{state}}"),),
+            "none",
+            whole=True,
+        ),
+        Panel(
             "Time to write a checkpoint",
             "Mean and 95th percentile; a clip waits for it.",
             (

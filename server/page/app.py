@@ -160,7 +160,7 @@ class Page:
 
     async def _submit(self, request: Request) -> Response:
         viewer, served = self._actor(request), self._loaded()
-        limit = served.model.limits.max_image_bytes * 4 // 3 + _BODY_MARGIN
+        limit = served.fleet.models[0].limits.max_image_bytes * 4 // 3 + _BODY_MARGIN
         async with self._bodies:  # each takes several times its size while it is read
             body = await _json(request, limit)
             # A thread: an image in base64 takes a while to decode, and what is running must not wait for it.

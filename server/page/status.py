@@ -13,6 +13,7 @@ from google.protobuf.message import Message
 from prometheus_client import Counter, Histogram
 
 from cinecat.server.artifacts import ArtifactStore
+from cinecat.server.fleet import Fleet
 from cinecat.server.jobs import Jobs
 from cinecat.server.lifecycle import FINAL_STATES
 from cinecat.server.live_job import LiveJob
@@ -22,7 +23,7 @@ from cinecat.server.services.generation import GenerationService
 from cinecat.server.services.styles import StylesService
 from cinecat.server.store import JobFilter
 from cinecat.v1 import job_pb2 as pb
-from cinecat.v1 import models_pb2, styles_pb2
+from cinecat.v1 import styles_pb2
 
 _RECENT = 12
 _UNFINISHED = 50
@@ -32,12 +33,12 @@ _FRESH_S = 0.5
 
 @dataclass(frozen=True)
 class Served:
-    """What the page shows and asks of a server that has loaded its model."""
+    """What the page shows and asks of a server that has loaded its models."""
 
     jobs: Jobs
     generation: GenerationService
     styles: StylesService
-    model: models_pb2.Model
+    fleet: Fleet
     artifacts: ArtifactStore
     metrics: Metrics
 
@@ -73,7 +74,7 @@ async def status(served: Served, viewer: Viewer) -> dict[str, Any]:
     )
     queued = [priority_name(live.known) for live in unfinished if live.known.state == pb.JOB_STATE_QUEUED]
     return {
-        "model": as_json(served.model),
+        "models": [as_json(model) for model in served.fleet.models],
         "queue": {priority: queued.count(priority) for priority in PRIORITIES},
         "running": len(unfinished) - len(queued),
         "jobs": [_unfinished(live) for live in own[:_UNFINISHED]],

@@ -15,18 +15,17 @@ import grpc
 
 from cinecat.server.artifacts import ArtifactStore
 from cinecat.server.errors import RequestError, Violation, invalid
+from cinecat.server.fleet import Fleet
 from cinecat.server.jobs import Jobs
 from cinecat.server.lifecycle import state_name
 from cinecat.server.profiles import Profiles
 from cinecat.server.request_options import check_previews, check_priority
-from cinecat.server.scheduler import Scheduler
 from cinecat.server.services.listing import job_filter
 from cinecat.server.services.paging import decode_token, encode_token, page_size
 from cinecat.server.services.tenants import tenant_of
-from cinecat.server.styles import StyleCatalogue
 from cinecat.server.tracing import traceparent_of
-from cinecat.server.validation import AcceptableClip, check_clip
-from cinecat.v1 import clip_pb2, generation_pb2, generation_pb2_grpc, job_pb2, models_pb2
+from cinecat.server.validation import AcceptableClip
+from cinecat.v1 import clip_pb2, generation_pb2, generation_pb2_grpc, job_pb2
 
 _MAX_REQUEST_ID = 64
 
@@ -40,16 +39,12 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
     def __init__(
         self,
         jobs: Jobs,
-        scheduler: Scheduler,
-        model: models_pb2.Model,
-        catalogue: StyleCatalogue,
+        fleet: Fleet,
         artifacts: ArtifactStore,
         profiles: Profiles,
     ) -> None:
         self._jobs = jobs
-        self._scheduler = scheduler
-        self._model = model
-        self._catalogue = catalogue
+        self._fleet = fleet
         self._artifacts = artifacts
         self._profiles = profiles
         # Its own threads: images that are slow to decode must not keep accepted jobs from theirs.
@@ -136,12 +131,12 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
         request_hash = await asyncio.to_thread(_hash, clip)
         if request_id and (earlier := await self._jobs.by_request_id(tenant, request_id)) is not None:
             return _same_request(earlier.job, earlier.request_hash == request_hash)
-        self._scheduler.admit(request_hash)
-        acceptable = await self._in_checker(partial(check_clip, clip, self._model, self._catalogue))
+        self._fleet.admit(request_hash)
+        acceptable = await self._in_checker(partial(self._fleet.check, clip))
         options = check_priority(request.priority) + check_previews(request.previews, acceptable.clip.steps)
         if options:
             raise invalid(options)
-        self._scheduler.admit(request_hash)
+        self._fleet.admit(request_hash)
         job = job_pb2.Job(
             job_id=uuid.uuid4().hex,
             clip=acceptable.clip,
@@ -164,7 +159,7 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
         if live is None:
             assert existing is not None
             return _same_request(existing.job, existing.request_hash == request_hash)
-        self._scheduler.enqueue(live)
+        self._fleet.enqueue(live)
         return live.known
 
 

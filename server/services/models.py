@@ -6,16 +6,17 @@ from typing import Any
 
 import grpc
 
+from cinecat.server.fleet import Fleet
 from cinecat.v1 import models_pb2, models_pb2_grpc
 
 
 class ModelsService(models_pb2_grpc.ModelsServicer):
-    """Tells what is loaded."""
+    """Tells what is loaded, the default first."""
 
-    def __init__(self, model: models_pb2.Model) -> None:
-        self._model = model
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
 
     async def ListModels(  # noqa: N802
         self, request: models_pb2.ListModelsRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> models_pb2.ListModelsResponse:
-        return models_pb2.ListModelsResponse(models=[self._model])
+        return models_pb2.ListModelsResponse(models=self._fleet.models)

@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import grpc
 
-from cinecat.engines.messages import Answer, Call, StyleUse, Warm, Warmed
+from cinecat.engines.messages import StyleUse, Warm, Warmed
 from cinecat.plugins.errors import shown
 from cinecat.plugins.manifest import PREVIEW_TYPES
 from cinecat.plugins.registry import Style, UnknownStyle
 from cinecat.plugins.sources import Origin
 from cinecat.server.errors import RequestError, Violation, invalid
 from cinecat.server.inputs import JobInputs
-from cinecat.server.metrics import Metrics
+from cinecat.server.replica import Replica
 from cinecat.server.services.paging import decode_token, encode_token, page_size
 from cinecat.server.style_installer import StyleInstaller
-from cinecat.server.styles import StyleCatalogue
+from cinecat.server.style_models import StyleModels
 from cinecat.v1 import styles_pb2, styles_pb2_grpc
-
-A = TypeVar("A", bound=Answer)
 
 _MAX_IGNORED_KEYS, _MAX_KEY = 100, 256
 _READ_OUT_SECONDS = 2.0
@@ -36,25 +34,22 @@ _ORIGINS = {
 }
 
 
-class Core(Protocol):
-    """What the service needs of the engine core."""
-
-    async def call(self, call: Call, answer: type[A]) -> A: ...
-
-
 class StylesService(styles_pb2_grpc.StylesServicer):
     """Looks for styles at every call, so that what is put into a folder or installed is found without a restart."""
 
     def __init__(
-        self, catalogue: StyleCatalogue, installer: StyleInstaller, inputs: JobInputs, core: Core, metrics: Metrics
+        self,
+        catalogue: StyleModels,
+        installer: StyleInstaller,
+        inputs: JobInputs,
+        replicas: Callable[[Collection[str]], Sequence[Replica]],
     ) -> None:
-        """`inputs` tells which styles accepted jobs wear."""
+        """`inputs` tells which styles accepted jobs wear, `replicas` are those of some models."""
         self._catalogue = catalogue
         self._installer = installer
         self._inputs = inputs
-        self._core = core
-        self._metrics = metrics
-        # One at a time, so that between two of them the core is the scheduler's.
+        self._replicas = replicas
+        # One at a time, so that between two of them the cores are the schedulers'.
         self._warming = asyncio.Lock()
 
     async def ListStyles(  # noqa: N802
@@ -121,10 +116,12 @@ class StylesService(styles_pb2_grpc.StylesServicer):
             problem = f"{style.manifest.name!r} {problem}"
             raise RequestError(grpc.StatusCode.FAILED_PRECONDITION, f"name: {problem}", [Violation("name", problem)])
         use = StyleUse(str(style.weights_path), style.fingerprint, 1.0)
+        replicas = self._replicas(self._catalogue.wearers(style.manifest, style.header))
         async with self._warming:
-            warmed = await self._core.call(Warm(use), Warmed)
-        self._catalogue.activity.resident = warmed.resident
-        self._metrics.slots(len(warmed.resident), warmed.slots)
+            answers = await asyncio.gather(*(_warm(each, use) for each in replicas), return_exceptions=True)
+        failures = [answer for answer in answers if answer is not None]
+        if len(failures) == len(replicas):
+            raise failures[0] if failures else RequestError(grpc.StatusCode.UNAVAILABLE, "no engine core is there now")
         return self._to_proto(style)
 
     async def _find(self, name: str, version: str) -> Style:
@@ -136,7 +133,7 @@ class StylesService(styles_pb2_grpc.StylesServicer):
     def _to_proto(self, style: Style) -> styles_pb2.Style:
         manifest, header, activity = style.manifest, style.header, self._catalogue.activity
         incompatibility = self._catalogue.incompatibility(style)
-        ignored = self._catalogue.ignored(header)
+        ignored = self._catalogue.ignored(manifest, header)
         uses, last_use_ns = activity.uses(style.fingerprint)
         answer = styles_pb2.Style(
             name=manifest.name,
@@ -151,6 +148,7 @@ class StylesService(styles_pb2_grpc.StylesServicer):
             author=manifest.author,
             compatible=not incompatibility,
             incompatibility=incompatibility,
+            models=self._catalogue.wearers(manifest, header),
             prompt_template=manifest.prompt_template,
             sampler=styles_pb2.SamplerDefaults(**_given(manifest.sampler)),
             base_dims=styles_pb2.BaseDims(**_given(manifest.base_dims)),
@@ -174,6 +172,12 @@ class StylesService(styles_pb2_grpc.StylesServicer):
             answer.residency.slots.extend(slot.slot for slot in slots)
             answer.residency.size_bytes = sum(slot.size_bytes for slot in slots)
         return answer
+
+
+async def _warm(replica: Replica, use: StyleUse) -> None:
+    warmed = await replica.core.call(Warm(use), Warmed)
+    replica.resident = warmed.resident
+    replica.gauges.slots(len(warmed.resident), warmed.slots)
 
 
 def _describe_preview(preview: styles_pb2.StylePreview, path: Path) -> None:

@@ -190,7 +190,7 @@ def test_a_web_site_that_resolves_to_this_machine_reads_nothing(
     with Client(server.address) as client:
         made = client.generate(image=photograph, prompt="for this machine", size="64x64", frames=5, steps=2).result()
     for host in (f"localhost:{reader.port}", f"127.0.0.1:{reader.port}", f"[::1]:{reader.port}"):
-        assert reader.get("/api/status", Host=host).json["model"]["name"] == "wan-tiny"
+        assert reader.get("/api/status", Host=host).json["models"][0]["name"] == "wan-tiny"
     paths = [f"/api/jobs/{made.job_id}/{what}" for what in ("events", "poster", "artifacts/clip.mp4")]
     for host in (f"rebound.example:{reader.port}", "localhost.rebound.example", "127.0.0.1.rebound.example", "["):
         stranger = reader.get("/api/status", Host=host)

@@ -24,6 +24,7 @@ from cinecat.engines.messages import (
     Release,
     Released,
     RequestStepped,
+    ResidentStyle,
     Save,
     Saved,
     Shot,
@@ -51,7 +52,7 @@ class _State:
 
 @dataclass
 class ScriptedCore:
-    """Stands in for `CoreProcess`.
+    """A `Core`.
 
     Attributes:
         fates: by job id, what happens to the steps of a job, in turn: an exception fails the whole call, a Failure that
@@ -74,6 +75,7 @@ class ScriptedCore:
     calls: list[Call] = field(default_factory=list)
     steps: Counter[tuple[str, int]] = field(default_factory=Counter)
     states: dict[str, _State] = field(default_factory=dict)
+    resident: tuple[ResidentStyle, ...] = ()
 
     def __post_init__(self) -> None:
         self.died, self.killed, self.gate = asyncio.Event(), asyncio.Event(), asyncio.Event()
@@ -98,6 +100,9 @@ class ScriptedCore:
     def kill(self) -> None:
         self.killed.set()
 
+    async def stop(self) -> None:
+        self.died.set()
+
     async def call(self, call: Call, kind: type[Answer]) -> Any:
         self.calls.append(call)
         await asyncio.sleep(0)
@@ -107,6 +112,7 @@ class ScriptedCore:
             return await self._answer(call)
         except CoreDied:
             self.states.clear()
+            self.resident = ()
             self.died.set()
             raise
 
@@ -146,6 +152,8 @@ class ScriptedCore:
             raise fates.pop(0)
         step = int(checkpoint.read_text()) if checkpoint.exists() else 0
         state = self.states[shot.job_id] = _State(shot, step)
+        if shot.styles:
+            self.resident = (ResidentStyle(1, tuple(style.fingerprint for style in shot.styles), 4096),)
         return Conditioned(
             (StageTime("text_encode", 0.001),),
             tokens_uniform=32,
@@ -153,6 +161,7 @@ class ScriptedCore:
             next=state.next,
             step_tokens=(32,) * step,
             state_bytes=self.state_bytes,
+            resident=self.resident,
         )
 
     def _step(self, job_ids: tuple[str, ...], previews: frozenset[str]) -> Stepped:

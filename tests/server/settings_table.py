@@ -66,7 +66,7 @@ def document() -> str:
 
 
 def _shown(value: object) -> str:
-    if value in (None, "", ()):
+    if value in (None, "", (), {}):
         return "none"
     return f"`{value:g}`" if isinstance(value, float) else f"`{value}`"
 

@@ -21,11 +21,14 @@ from cinecat.engines.messages import ResidentStyle, Warm, Warmed
 from cinecat.plugins.installed import InstalledStyles
 from cinecat.plugins.registry import BUNDLED, StyleRegistry
 from cinecat.plugins.sources import FolderSource, Origin, PackageSource
+from cinecat.server.core_gauges import CoreGauges
 from cinecat.server.inputs import JobInputs
 from cinecat.server.metrics import Metrics
+from cinecat.server.replica import Replica
 from cinecat.server.services.errors import ErrorInterceptor
 from cinecat.server.services.styles import StylesService
 from cinecat.server.style_installer import StyleInstaller
+from cinecat.server.style_models import StyleModels
 from cinecat.server.styles import StyleCatalogue
 from cinecat.v1 import styles_pb2, styles_pb2_grpc
 from tests.server.samples import model_info
@@ -56,6 +59,7 @@ class Served:
     catalogue: StyleCatalogue
     inputs: JobInputs
     core: FakeCore
+    replica: Replica
 
     def on_disk(self) -> list[str]:
         """Everything that is in the folder for uploads."""
@@ -97,15 +101,20 @@ async def served(folder: Path, idle_seconds: float = 30.0, max_bytes: int = MAX_
     ]
     catalogue = StyleCatalogue(StyleRegistry(sources), model_info())
     inputs, core = JobInputs(folder / "inputs"), FakeCore()
-    installer = StyleInstaller(installed, catalogue, max_bytes, idle_seconds)
+    styles = StyleModels(lambda: [catalogue])
+    installer = StyleInstaller(installed, styles, max_bytes, idle_seconds)
     metrics = Metrics(CollectorRegistry())
+    faked: Any = core
+    replica = Replica(faked, CoreGauges(metrics), catalogue.activity)
     server = grpc.aio.server(interceptors=[ErrorInterceptor(metrics)])
-    styles_pb2_grpc.add_StylesServicer_to_server(StylesService(catalogue, installer, inputs, core, metrics), server)
+    styles_pb2_grpc.add_StylesServicer_to_server(
+        StylesService(styles, installer, inputs, lambda models: [replica]), server
+    )
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     try:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-            yield Served(styles_pb2_grpc.StylesStub(channel), root, catalogue, inputs, core)
+            yield Served(styles_pb2_grpc.StylesStub(channel), root, catalogue, inputs, core, replica)
     finally:
         await server.stop(None)
 

@@ -18,6 +18,7 @@ from prometheus_client import CollectorRegistry
 from cinecat.engines.errors import CoreDied, EngineError, EngineFault, ModelError, NoFreeSlot, OutOfMemory
 from cinecat.engines.messages import CoreConfig, Decoded, Release, Released, RequestStepped, Step, Stepped
 from cinecat.server import core_process
+from cinecat.server.core_gauges import CoreGauges
 from cinecat.server.core_process import CoreProcess, FrameBuffer
 from cinecat.server.metrics import Metrics
 from tests.server import stub_core
@@ -32,7 +33,7 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def new_core(config: CoreConfig = CONFIG) -> CoreProcess:
-    return CoreProcess(config, Metrics(CollectorRegistry()))
+    return CoreProcess(config, CoreGauges(Metrics(CollectorRegistry())))
 
 
 def gone(pid: int) -> bool:

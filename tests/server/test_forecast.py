@@ -112,9 +112,9 @@ def test_the_interactive_load_is_that_of_late() -> None:
     for _ in range(1000):
         now[0] += 1.0
         shares.arrived(0.3)
-    assert shares.interactive_load == pytest.approx(0.3, abs=0.02)
+    assert shares.interactive_load() == pytest.approx(0.3, abs=0.02)
     now[0] += 600.0
-    assert shares.interactive_load == 0.0
+    assert shares.interactive_load() == 0.0
 
 
 def test_one_long_job_says_nothing_of_those_to_come() -> None:
@@ -122,4 +122,4 @@ def test_one_long_job_says_nothing_of_those_to_come() -> None:
     shares = Shares(lambda: now[0])
     now[0] = 10.0
     shares.arrived(600.0)
-    assert shares.interactive_load == 0.0
+    assert shares.interactive_load() == 0.0

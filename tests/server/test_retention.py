@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from cinecat.server.app import _check_owner
 from cinecat.server.artifacts import ArtifactError, ArtifactFormat, ArtifactStore, WrittenArtifact
 from cinecat.server.errors import RequestError
 from cinecat.server.retention import Retention
 from cinecat.server.settings import SettingsError
+from cinecat.server.storage import check_owner
 from cinecat.server.store import EndedJob, JobStore, StoredJob
 from cinecat.v1 import job_pb2 as pb
 from tests.server.samples import PATH_TO_SUCCESS, Front, front, move, new_job, until
@@ -225,11 +225,11 @@ def test_files_of_another_database_are_no_orphans(tmp_path: Path) -> None:
 
 def test_a_server_does_not_start_over_the_clips_of_another_database(tmp_path: Path) -> None:
     artifacts = ArtifactStore(str(tmp_path / "artifacts"))
-    _check_owner(artifacts, "mine")
+    check_owner(artifacts, "mine")
     artifacts.claim("mine")
-    _check_owner(artifacts, "mine")
+    check_owner(artifacts, "mine")
     with pytest.raises(SettingsError, match="artifact_url: the clips there belong to another job database"):
-        _check_owner(artifacts, "other")
+        check_owner(artifacts, "other")
 
 
 def test_what_fails_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

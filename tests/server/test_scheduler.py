@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,104 +15,22 @@ from cinecat.plugins.registry import UnknownStyle
 from cinecat.server import patience as patience_module
 from cinecat.server import render as render_module
 from cinecat.server import scheduler as scheduler_module
-from cinecat.server.artifacts import ArtifactError, ArtifactStore
-from cinecat.server.backlog import Backlog, Limits
-from cinecat.server.costs import Costs
+from cinecat.server.artifacts import ArtifactError
+from cinecat.server.backlog import Backlog
 from cinecat.server.errors import RequestError, ShuttingDown
 from cinecat.server.live_job import LiveJob
-from cinecat.server.patience import Patience
-from cinecat.server.policy import by_step
-from cinecat.server.render import CheckpointRule, Renderer, Stopped
-from cinecat.server.scheduler import Scheduler
+from cinecat.server.render import Stopped
 from cinecat.v1 import clip_pb2
 from cinecat.v1 import job_pb2 as pb
-from tests.server.samples import NEVER_S, Front, catalogue, front, model, new_job, until
-from tests.server.scripted_core import STEP_S, ScriptedCore
+from tests.server.line import Line, ended, with_line
+from tests.server.samples import NEVER_S, new_job, until
+from tests.server.scripted_core import STEP_S
 
 FAILED = pb.JOB_STATE_FAILED
 INTERACTIVE = {"priority": "interactive"}
 QUEUED = pb.JOB_STATE_QUEUED
 CANCELLED = pb.JOB_STATE_CANCELLED
 SUCCEEDED = pb.JOB_STATE_SUCCEEDED
-
-
-class Line:
-    """A scheduler over a scripted core, its worker, and all that they work with."""
-
-    def __init__(self, f: Front, folder: Path, limits: Limits) -> None:
-        self.front = f
-        self.core = ScriptedCore()
-        self.core_states: list[bool] = []
-        self.costs = Costs()
-        self.artifacts = ArtifactStore(str(folder / "artifacts"))
-        core: Any = self.core
-        self.renderer = renderer = Renderer(
-            core,
-            model(),
-            f.jobs,
-            catalogue(),
-            f.inputs,
-            self.artifacts,
-            f.checkpoints,
-            CheckpointRule(steps=2, seconds=NEVER_S),
-            f.metrics,
-            self.costs,
-            patience := Patience(),
-        )
-        backlog = Backlog(f.jobs, self.costs, limits, f.metrics)
-        self.scheduler = Scheduler(f.jobs, renderer, core, backlog, by_step, f.metrics, patience, self._on_core_state)
-        self.worker = asyncio.create_task(self.scheduler.run())
-
-    async def _on_core_state(self, alive: bool) -> None:
-        self.core_states.append(alive)
-
-    async def add(self, job: pb.Job, tenant: str = "") -> LiveJob:
-        job.clip.model = "wan-tiny"
-        live = await self.front.accept(job, tenant)
-        self.scheduler.enqueue(live)
-        return live
-
-    async def enqueue(self, *names: str, style: str = "", **changes: Any) -> list[LiveJob]:
-        made = [new_job(name) for name in names]
-        for job in made:
-            if style:
-                job.clip.styles.add(name=style, strength=1.0)
-            job.MergeFrom(pb.Job(**changes))
-        return [await self.add(job) for job in made]
-
-    async def drain(self, seconds: float = NEVER_S, hurry: asyncio.Event | None = None) -> None:
-        await self.scheduler.drain(self.worker, seconds, hurry or asyncio.Event())
-
-
-def with_line(
-    folder: Path,
-    scenario: Callable[[Line], Any],
-    *,
-    max_queue: int = 10,
-    most_together: int = 8,
-    state_bytes: int = 0,
-    core_refuses: tuple[Exception, ...] = (),
-) -> None:
-    async def run() -> None:
-        async with line(folder, Limits(max_queue, most_together, state_bytes)) as running:
-            running.core.refusals += core_refuses
-            await asyncio.wait_for(scenario(running), 60)
-
-    asyncio.run(run())
-
-
-@asynccontextmanager
-async def line(folder: Path, limits: Limits) -> AsyncIterator[Line]:
-    async with front(folder) as f:
-        running = Line(f, folder, limits)
-        yield running
-        running.core.gate.set()
-        await running.drain()
-        assert not running.core.states
-
-
-async def ended(*jobs: LiveJob) -> None:
-    await until(lambda: all(live.transitions[-1].job.state in (SUCCEEDED, FAILED, CANCELLED) for live in jobs))
 
 
 def test_jobs_are_worked_off_in_the_order_of_their_arrival(tmp_path: Path) -> None:
@@ -134,10 +50,10 @@ def test_a_full_queue_takes_no_more(tmp_path: Path) -> None:
         await until(lambda: bool(line.core.begun))
         waiting = await line.enqueue("a", "b")
         with pytest.raises(RequestError, match="2 jobs are waiting") as refused:
-            line.scheduler.admit()
+            line.fleet.admit()
         assert refused.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
         await line.front.jobs.cancel("a")
-        line.scheduler.admit()
+        line.fleet.admit()
         line.core.gate.set()
         await ended(running, *waiting)
 
@@ -236,9 +152,9 @@ def test_a_job_that_keeps_killing_the_core_fails_and_is_not_taken_again(tmp_path
         assert "exit code -11; the job was tried 3 times" in a.job.error.message
         assert b.job.state == SUCCEEDED
         assert line.core.restarts == 3
-        line.scheduler.admit(b.request_hash)
+        line.fleet.admit(b.request_hash)
         with pytest.raises(RequestError, match=r"killed the engine core again and again \(job a\)") as refused:
-            line.scheduler.admit(a.request_hash)
+            line.fleet.admit(a.request_hash)
         assert refused.value.code is grpc.StatusCode.FAILED_PRECONDITION
 
     with_line(tmp_path, scenario)
@@ -493,7 +409,7 @@ def test_a_drain_lets_the_running_job_end_and_keeps_the_waiting_ones(tmp_path: P
         draining = asyncio.create_task(line.drain())
         await asyncio.sleep(0)
         with pytest.raises(ShuttingDown):
-            line.scheduler.admit()
+            line.fleet.admit()
         line.core.gate.set()
         await draining
         assert (running.job.state, waiting.job.state) == (SUCCEEDED, QUEUED)
@@ -692,7 +608,7 @@ def test_a_clean_up_that_fails_ends_neither_the_server_nor_other_jobs(
         bad, good = await line.enqueue("bad", "good")
         await ended(bad, good)
         assert (bad.job.state, good.job.state) == (FAILED, SUCCEEDED)
-        assert not line.worker.done()
+        assert not line.fleet.broken.done()
 
     with_line(tmp_path, scenario)
 
@@ -775,14 +691,14 @@ def test_copies_of_a_job_that_keeps_killing_the_core_are_not_tried(tmp_path: Pat
 def test_a_thousand_waiting_jobs_do_not_make_a_decision_slow(tmp_path: Path) -> None:
     async def scenario(line: Line) -> None:
         line.core.gate.clear()
-        backlog = Backlog(line.front.jobs, line.costs, Limits(2000, 8, 0), line.front.metrics)
+        backlog = Backlog(line.front.jobs, line.costs, 8, line.front.metrics)
         for number in range(1000):
             job = new_job(f"{number}")
             job.clip.model = "wan-tiny"
             job.create_time.GetCurrentTime()
             live = LiveJob(job, "")
             backlog.add(line.renderer.take(live))
-        assert len(backlog.snapshot(resident_only=False).tasks) <= 64
+        assert len(backlog.snapshot(line.replicas[0], resident_only=False).tasks) <= 64
         assert backlog.waiting == 1000
 
     with_line(tmp_path, scenario)

@@ -22,7 +22,9 @@ TYPED = {
     "ready_file": "ready.json",
     "model": "Wan-AI/some-model",
     "model_variant": "four-steps.safetensors",
-    "device": "cuda:1",
+    "replicas": "2",
+    "device": "cuda:1,cuda:3",
+    "default_size": "832x480x81",
     "dtype": "bfloat16",
     "offload": "encoders",
     "storage_dtype": "float8_e4m3fn",
@@ -62,8 +64,9 @@ TYPED = {
     "trace_endpoint": "http://127.0.0.1:4318/v1/traces",
     "log_format": "json",
     "log_level": "debug",
+    "models": '{"other": {"model": "/models/other", "replicas": "3", "device": "cpu"}}',
 }
-LISTS = ("styles_dirs", "engine_sizes", "engine_options", "page_keys")
+LISTS = ("styles_dirs", "engine_sizes", "engine_options", "page_keys", "models")
 PRINTED = {name: value for name, value in TYPED.items() if name not in LISTS}
 
 
@@ -135,6 +138,7 @@ def test_the_variables_of_the_client_are_no_settings() -> None:
         ("dtype", "int8"),
         ("address", "50051"),
         ("engine_sizes", "832x480"),
+        ("default_size", "832x480"),
         ("engine", "tensor"),
         ("address", "localhost:99999"),
     ],
@@ -187,7 +191,54 @@ def test_every_setting_is_a_flag_of_serve() -> None:
     assert shown.pop("engine_options") == ["version_compatible", "ampere_plus"]
     assert shown.pop("page_keys") == ["***=grading"]
     assert shown.pop("engine_sizes") == ["832x480x81", "1280x720x81"]
+    assert shown.pop("models") == {"other": {"model": "/models/other", "replicas": "3", "device": "cpu"}}
     assert {name: f"{value}" for name, value in shown.items()} == PRINTED
+
+
+def test_a_further_model_takes_what_it_does_not_say_from_the_first(tmp_path: Path) -> None:
+    file = tmp_path / "cinecat.toml"
+    file.write_text(
+        'model = "/models/480p"\nmodel_variant = "fast"\nreplicas = 2\ndefault_size = "832x480x81"\nmax_rank = 64\n'
+        'device = "cuda:0,cuda:1"\n[models.wan-720p]\nmodel = "/models/720p"\noffload = "encoders"\n'
+    )
+    served = load_settings({"max_steps": "50"}, {}, file).served
+    assert list(served) == ["", "wan-720p"]
+    first, other = served.values()
+    assert (first.replicas, first.model, first.offload) == (2, "/models/480p", "none")
+    assert (other.model, other.offload, other.max_rank, other.max_steps) == ("/models/720p", "encoders", 64, 50)
+    assert (other.replicas, other.model_variant, other.default_size) == (1, None, "")
+
+
+@pytest.mark.parametrize(
+    ("table", "problem"),
+    [
+        ('{"b": {}}', "b.model is missing"),
+        ('{"b": {"model": "m", "devce": "cpu"}}', "b.devce is no setting of a model; did you mean device?"),
+        ('{"b": {"model": "m", "data_dir": "x"}}', "b.data_dir is no setting of a model; a model's are cache_mib, "),
+        ('{"b": {"model": "m", "replicas": 0}}', "b.replicas: Input should be greater than or equal to 1, got 0"),
+        ('{"b c": {"model": "m"}}', "'b c' is not 1 to 64 of the characters"),
+        ('{"b": ', "is not JSON"),
+        ('{"b": 5}', "Input should be a valid dictionary"),
+    ],
+)
+def test_what_is_wrong_with_a_further_model_is_told_by_its_name(table: str, problem: str) -> None:
+    message = refusal(environment={"CINECAT_MODELS": table})
+    assert message.startswith("CINECAT_MODELS: ")
+    assert problem in message
+
+
+@pytest.mark.parametrize(
+    ("device", "problem"),
+    [
+        ("cuda:0", "names 1 of the 3 GPUs that 3 replicas take; e.g. cuda:0,cuda:1,cuda:2"),
+        ("cuda:4,cuda:5", "names 2 of the 3 GPUs"),
+        ("cpu,cuda:1,cuda:2", "is a list of which not each is cuda:N"),
+    ],
+)
+def test_gpus_that_do_not_suffice_for_the_replicas_are_refused(device: str, problem: str) -> None:
+    assert problem in refusal({"device": device, "replicas": "3"})
+    for enough in ("cpu", "auto", "cuda", "cuda:0,cuda:1,cuda:2", "cuda:0,cuda:0,cuda:0"):
+        load_settings({"device": enough, "replicas": "3"}, {})
 
 
 @pytest.mark.parametrize(

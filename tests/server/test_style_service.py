@@ -115,7 +115,7 @@ def test_a_warm_style_is_resident(tmp_path: Path) -> None:
             style = await s.stub.WarmStyle(styles_pb2.WarmStyleRequest(name="noir"))
             assert (list(style.residency.slots), style.residency.size_bytes) == ([1], 4096)
             assert Path(s.core.warmed[0].style.path) == BUNDLED / "noir" / "noir.safetensors"
-            s.catalogue.activity.resident = ()
+            s.replica.lost()
             assert not (await s.get("noir")).HasField("residency")
 
     asyncio.run(scenario())

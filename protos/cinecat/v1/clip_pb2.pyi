@@ -189,7 +189,9 @@ class ClipSpec(_message.Message):
     SHIFT_FIELD_NUMBER: _builtins.int
     PROMPT_AS_IS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """Model as listed by Models.ListModels; empty means the server's only or default model."""
+    """Model as listed by Models.ListModels. Empty lets the size choose: the model whose default size is the smallest that
+    has as many pixels, else the largest; without a size, the first model listed.
+    """
     image: _builtins.bytes
     """The first frame: the bytes of a PNG, JPEG, WebP or TIFF file. Never sent back."""
     fit: Global___Fit.ValueType

@@ -40,7 +40,9 @@ class ListModelsResponse(_message.Message):
 
     MODELS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___Model]: ...
+    def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___Model]:
+        """The first is the default."""
+
     def __init__(
         self,
         *,
@@ -72,7 +74,9 @@ class Model(_message.Message):
     VARIANT_FIELD_NUMBER: _builtins.int
     FINGERPRINT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """What requests call it: the checkpoint's name, and with a variant "NAME+VARIANT"."""
+    """What requests call it: the name that the server's operator gave it, or the checkpoint's, and with a variant
+    "NAME+VARIANT".
+    """
     family: _builtins.str
     """Family that styles refer to, e.g. "wan2.1-i2v-14b"."""
     device: _builtins.str

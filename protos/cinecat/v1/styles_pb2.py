@@ -25,49 +25,49 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x63inecat/v1/styles.proto\x12\ncinecat.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc4\x05\n\x05Style\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\r\n\x05title\x18\x03 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x04 \x01(\t\x12\x15\n\rtrigger_words\x18\x05 \x03(\t\x12\x18\n\x10\x64\x65\x66\x61ult_strength\x18\x06 \x01(\x01\x12\x12\n\nbase_model\x18\x07 \x01(\t\x12\x0c\n\x04rank\x18\x08 \x01(\x05\x12\x0f\n\x07license\x18\t \x01(\t\x12\x0e\n\x06\x61uthor\x18\n \x01(\t\x12\x12\n\ncompatible\x18\x0b \x01(\x08\x12\x17\n\x0fincompatibility\x18\x0c \x01(\t\x12\x17\n\x0fprompt_template\x18\r \x01(\t\x12,\n\x07sampler\x18\x0e \x01(\x0b\x32\x1b.cinecat.v1.SamplerDefaults\x12\'\n\tbase_dims\x18\x0f \x01(\x0b\x32\x14.cinecat.v1.BaseDims\x12)\n\x07preview\x18\x10 \x01(\x0b\x32\x18.cinecat.v1.StylePreview\x12\x13\n\x0b\x66ingerprint\x18\x11 \x01(\t\x12\x1a\n\x12weights_size_bytes\x18\x12 \x01(\x03\x12\x0e\n\x06\x66ormat\x18\x13 \x01(\t\x12,\n\x0cignored_keys\x18\x14 \x03(\x0b\x32\x16.cinecat.v1.IgnoredKey\x12\x19\n\x11ignored_key_count\x18\x15 \x01(\x05\x12\'\n\x06origin\x18\x16 \x01(\x0e\x32\x17.cinecat.v1.StyleOrigin\x12\x10\n\x08provider\x18\x17 \x01(\t\x12(\n\tresidency\x18\x18 \x01(\x0b\x32\x15.cinecat.v1.Residency\x12\x0c\n\x04uses\x18\x19 \x01(\x03\x12\x31\n\rlast_use_time\x18\x1a \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04jobs\x18\x1b \x01(\x05\")\n\nIgnoredKey\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"}\n\x0fSamplerDefaults\x12\x12\n\x05steps\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x1b\n\x0eguidance_scale\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05shift\x18\x03 \x01(\x01H\x02\x88\x01\x01\x42\x08\n\x06_stepsB\x11\n\x0f_guidance_scaleB\x08\n\x06_shift\"f\n\x08\x42\x61seDims\x12\x10\n\x03\x64im\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x14\n\x07\x66\x66n_dim\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x13\n\x06layers\x18\x03 \x01(\x05H\x02\x88\x01\x01\x42\x06\n\x04_dimB\n\n\x08_ffn_dimB\t\n\x07_layers\"V\n\x0cStylePreview\x12\x11\n\tfile_name\x18\x01 \x01(\t\x12\x11\n\tmime_type\x18\x02 \x01(\t\x12\x12\n\nsize_bytes\x18\x03 \x01(\x03\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\".\n\tResidency\x12\r\n\x05slots\x18\x01 \x03(\x05\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\":\n\x11ListStylesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"|\n\x12ListStylesResponse\x12!\n\x06styles\x18\x01 \x03(\x0b\x32\x11.cinecat.v1.Style\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12*\n\x08problems\x18\x03 \x03(\x0b\x32\x18.cinecat.v1.StyleProblem\".\n\x0cStyleProblem\x12\x0e\n\x06\x66older\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"F\n\x0fGetStyleRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x14\n\x0cwith_preview\x18\x03 \x01(\x08\"n\n\x13InstallStyleRequest\x12)\n\x06upload\x18\x01 \x01(\x0b\x32\x17.cinecat.v1.StyleUploadH\x00\x12\x11\n\x07weights\x18\x02 \x01(\x0cH\x00\x12\x11\n\x07preview\x18\x03 \x01(\x0cH\x00\x42\x06\n\x04part\"z\n\x0bStyleUpload\x12\x0e\n\x04toml\x18\x01 \x01(\tH\x00\x12+\n\x06\x66ields\x18\x02 \x01(\x0b\x32\x19.cinecat.v1.StyleManifestH\x00\x12\x12\n\nsize_bytes\x18\x03 \x01(\x03\x12\x0e\n\x06sha256\x18\x04 \x01(\tB\n\n\x08manifest\"\xd3\x02\n\rStyleManifest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\r\n\x05title\x18\x03 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x04 \x01(\t\x12\x12\n\nbase_model\x18\x05 \x01(\t\x12\'\n\tbase_dims\x18\x06 \x01(\x0b\x32\x14.cinecat.v1.BaseDims\x12\x15\n\rtrigger_words\x18\x07 \x03(\t\x12\x17\n\x0fprompt_template\x18\x08 \x01(\t\x12\x1d\n\x10\x64\x65\x66\x61ult_strength\x18\t \x01(\x01H\x00\x88\x01\x01\x12\x0f\n\x07license\x18\n \x01(\t\x12\x0e\n\x06\x61uthor\x18\x0b \x01(\t\x12\x0f\n\x07preview\x18\x0c \x01(\t\x12,\n\x07sampler\x18\r \x01(\x0b\x32\x1b.cinecat.v1.SamplerDefaultsB\x13\n\x11_default_strength\"Z\n\x14InstallStyleResponse\x12 \n\x05style\x18\x01 \x01(\x0b\x32\x11.cinecat.v1.Style\x12\x11\n\tunchanged\x18\x02 \x01(\x08\x12\r\n\x05notes\x18\x03 \x03(\t\"3\n\x12RemoveStyleRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\"7\n\x13RemoveStyleResponse\x12 \n\x05style\x18\x01 \x01(\x0b\x32\x11.cinecat.v1.Style\"1\n\x10WarmStyleRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t*\x94\x01\n\x0bStyleOrigin\x12\x1c\n\x18STYLE_ORIGIN_UNSPECIFIED\x10\x00\x12\x18\n\x14STYLE_ORIGIN_BUNDLED\x10\x01\x12\x17\n\x13STYLE_ORIGIN_FOLDER\x10\x02\x12\x1a\n\x16STYLE_ORIGIN_INSTALLED\x10\x03\x12\x18\n\x14STYLE_ORIGIN_PACKAGE\x10\x04\x32\xf4\x02\n\x06Styles\x12K\n\nListStyles\x12\x1d.cinecat.v1.ListStylesRequest\x1a\x1e.cinecat.v1.ListStylesResponse\x12:\n\x08GetStyle\x12\x1b.cinecat.v1.GetStyleRequest\x1a\x11.cinecat.v1.Style\x12S\n\x0cInstallStyle\x12\x1f.cinecat.v1.InstallStyleRequest\x1a .cinecat.v1.InstallStyleResponse(\x01\x12N\n\x0bRemoveStyle\x12\x1e.cinecat.v1.RemoveStyleRequest\x1a\x1f.cinecat.v1.RemoveStyleResponse\x12<\n\tWarmStyle\x12\x1c.cinecat.v1.WarmStyleRequest\x1a\x11.cinecat.v1.Styleb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x63inecat/v1/styles.proto\x12\ncinecat.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xd4\x05\n\x05Style\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\r\n\x05title\x18\x03 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x04 \x01(\t\x12\x15\n\rtrigger_words\x18\x05 \x03(\t\x12\x18\n\x10\x64\x65\x66\x61ult_strength\x18\x06 \x01(\x01\x12\x12\n\nbase_model\x18\x07 \x01(\t\x12\x0c\n\x04rank\x18\x08 \x01(\x05\x12\x0f\n\x07license\x18\t \x01(\t\x12\x0e\n\x06\x61uthor\x18\n \x01(\t\x12\x12\n\ncompatible\x18\x0b \x01(\x08\x12\x17\n\x0fincompatibility\x18\x0c \x01(\t\x12\x17\n\x0fprompt_template\x18\r \x01(\t\x12,\n\x07sampler\x18\x0e \x01(\x0b\x32\x1b.cinecat.v1.SamplerDefaults\x12\'\n\tbase_dims\x18\x0f \x01(\x0b\x32\x14.cinecat.v1.BaseDims\x12)\n\x07preview\x18\x10 \x01(\x0b\x32\x18.cinecat.v1.StylePreview\x12\x13\n\x0b\x66ingerprint\x18\x11 \x01(\t\x12\x1a\n\x12weights_size_bytes\x18\x12 \x01(\x03\x12\x0e\n\x06\x66ormat\x18\x13 \x01(\t\x12,\n\x0cignored_keys\x18\x14 \x03(\x0b\x32\x16.cinecat.v1.IgnoredKey\x12\x19\n\x11ignored_key_count\x18\x15 \x01(\x05\x12\'\n\x06origin\x18\x16 \x01(\x0e\x32\x17.cinecat.v1.StyleOrigin\x12\x10\n\x08provider\x18\x17 \x01(\t\x12(\n\tresidency\x18\x18 \x01(\x0b\x32\x15.cinecat.v1.Residency\x12\x0c\n\x04uses\x18\x19 \x01(\x03\x12\x31\n\rlast_use_time\x18\x1a \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04jobs\x18\x1b \x01(\x05\x12\x0e\n\x06models\x18\x1c \x03(\t\")\n\nIgnoredKey\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"}\n\x0fSamplerDefaults\x12\x12\n\x05steps\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x1b\n\x0eguidance_scale\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05shift\x18\x03 \x01(\x01H\x02\x88\x01\x01\x42\x08\n\x06_stepsB\x11\n\x0f_guidance_scaleB\x08\n\x06_shift\"f\n\x08\x42\x61seDims\x12\x10\n\x03\x64im\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x14\n\x07\x66\x66n_dim\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x13\n\x06layers\x18\x03 \x01(\x05H\x02\x88\x01\x01\x42\x06\n\x04_dimB\n\n\x08_ffn_dimB\t\n\x07_layers\"V\n\x0cStylePreview\x12\x11\n\tfile_name\x18\x01 \x01(\t\x12\x11\n\tmime_type\x18\x02 \x01(\t\x12\x12\n\nsize_bytes\x18\x03 \x01(\x03\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\".\n\tResidency\x12\r\n\x05slots\x18\x01 \x03(\x05\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\":\n\x11ListStylesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"|\n\x12ListStylesResponse\x12!\n\x06styles\x18\x01 \x03(\x0b\x32\x11.cinecat.v1.Style\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12*\n\x08problems\x18\x03 \x03(\x0b\x32\x18.cinecat.v1.StyleProblem\".\n\x0cStyleProblem\x12\x0e\n\x06\x66older\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"F\n\x0fGetStyleRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x14\n\x0cwith_preview\x18\x03 \x01(\x08\"n\n\x13InstallStyleRequest\x12)\n\x06upload\x18\x01 \x01(\x0b\x32\x17.cinecat.v1.StyleUploadH\x00\x12\x11\n\x07weights\x18\x02 \x01(\x0cH\x00\x12\x11\n\x07preview\x18\x03 \x01(\x0cH\x00\x42\x06\n\x04part\"z\n\x0bStyleUpload\x12\x0e\n\x04toml\x18\x01 \x01(\tH\x00\x12+\n\x06\x66ields\x18\x02 \x01(\x0b\x32\x19.cinecat.v1.StyleManifestH\x00\x12\x12\n\nsize_bytes\x18\x03 \x01(\x03\x12\x0e\n\x06sha256\x18\x04 \x01(\tB\n\n\x08manifest\"\xd3\x02\n\rStyleManifest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\r\n\x05title\x18\x03 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x04 \x01(\t\x12\x12\n\nbase_model\x18\x05 \x01(\t\x12\'\n\tbase_dims\x18\x06 \x01(\x0b\x32\x14.cinecat.v1.BaseDims\x12\x15\n\rtrigger_words\x18\x07 \x03(\t\x12\x17\n\x0fprompt_template\x18\x08 \x01(\t\x12\x1d\n\x10\x64\x65\x66\x61ult_strength\x18\t \x01(\x01H\x00\x88\x01\x01\x12\x0f\n\x07license\x18\n \x01(\t\x12\x0e\n\x06\x61uthor\x18\x0b \x01(\t\x12\x0f\n\x07preview\x18\x0c \x01(\t\x12,\n\x07sampler\x18\r \x01(\x0b\x32\x1b.cinecat.v1.SamplerDefaultsB\x13\n\x11_default_strength\"Z\n\x14InstallStyleResponse\x12 \n\x05style\x18\x01 \x01(\x0b\x32\x11.cinecat.v1.Style\x12\x11\n\tunchanged\x18\x02 \x01(\x08\x12\r\n\x05notes\x18\x03 \x03(\t\"3\n\x12RemoveStyleRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\"7\n\x13RemoveStyleResponse\x12 \n\x05style\x18\x01 \x01(\x0b\x32\x11.cinecat.v1.Style\"1\n\x10WarmStyleRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t*\x94\x01\n\x0bStyleOrigin\x12\x1c\n\x18STYLE_ORIGIN_UNSPECIFIED\x10\x00\x12\x18\n\x14STYLE_ORIGIN_BUNDLED\x10\x01\x12\x17\n\x13STYLE_ORIGIN_FOLDER\x10\x02\x12\x1a\n\x16STYLE_ORIGIN_INSTALLED\x10\x03\x12\x18\n\x14STYLE_ORIGIN_PACKAGE\x10\x04\x32\xf4\x02\n\x06Styles\x12K\n\nListStyles\x12\x1d.cinecat.v1.ListStylesRequest\x1a\x1e.cinecat.v1.ListStylesResponse\x12:\n\x08GetStyle\x12\x1b.cinecat.v1.GetStyleRequest\x1a\x11.cinecat.v1.Style\x12S\n\x0cInstallStyle\x12\x1f.cinecat.v1.InstallStyleRequest\x1a .cinecat.v1.InstallStyleResponse(\x01\x12N\n\x0bRemoveStyle\x12\x1e.cinecat.v1.RemoveStyleRequest\x1a\x1f.cinecat.v1.RemoveStyleResponse\x12<\n\tWarmStyle\x12\x1c.cinecat.v1.WarmStyleRequest\x1a\x11.cinecat.v1.Styleb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'cinecat.v1.styles_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_STYLEORIGIN']._serialized_start=2331
-  _globals['_STYLEORIGIN']._serialized_end=2479
+  _globals['_STYLEORIGIN']._serialized_start=2347
+  _globals['_STYLEORIGIN']._serialized_end=2495
   _globals['_STYLE']._serialized_start=73
-  _globals['_STYLE']._serialized_end=781
-  _globals['_IGNOREDKEY']._serialized_start=783
-  _globals['_IGNOREDKEY']._serialized_end=824
-  _globals['_SAMPLERDEFAULTS']._serialized_start=826
-  _globals['_SAMPLERDEFAULTS']._serialized_end=951
-  _globals['_BASEDIMS']._serialized_start=953
-  _globals['_BASEDIMS']._serialized_end=1055
-  _globals['_STYLEPREVIEW']._serialized_start=1057
-  _globals['_STYLEPREVIEW']._serialized_end=1143
-  _globals['_RESIDENCY']._serialized_start=1145
-  _globals['_RESIDENCY']._serialized_end=1191
-  _globals['_LISTSTYLESREQUEST']._serialized_start=1193
-  _globals['_LISTSTYLESREQUEST']._serialized_end=1251
-  _globals['_LISTSTYLESRESPONSE']._serialized_start=1253
-  _globals['_LISTSTYLESRESPONSE']._serialized_end=1377
-  _globals['_STYLEPROBLEM']._serialized_start=1379
-  _globals['_STYLEPROBLEM']._serialized_end=1425
-  _globals['_GETSTYLEREQUEST']._serialized_start=1427
-  _globals['_GETSTYLEREQUEST']._serialized_end=1497
-  _globals['_INSTALLSTYLEREQUEST']._serialized_start=1499
-  _globals['_INSTALLSTYLEREQUEST']._serialized_end=1609
-  _globals['_STYLEUPLOAD']._serialized_start=1611
-  _globals['_STYLEUPLOAD']._serialized_end=1733
-  _globals['_STYLEMANIFEST']._serialized_start=1736
-  _globals['_STYLEMANIFEST']._serialized_end=2075
-  _globals['_INSTALLSTYLERESPONSE']._serialized_start=2077
-  _globals['_INSTALLSTYLERESPONSE']._serialized_end=2167
-  _globals['_REMOVESTYLEREQUEST']._serialized_start=2169
-  _globals['_REMOVESTYLEREQUEST']._serialized_end=2220
-  _globals['_REMOVESTYLERESPONSE']._serialized_start=2222
-  _globals['_REMOVESTYLERESPONSE']._serialized_end=2277
-  _globals['_WARMSTYLEREQUEST']._serialized_start=2279
-  _globals['_WARMSTYLEREQUEST']._serialized_end=2328
-  _globals['_STYLES']._serialized_start=2482
-  _globals['_STYLES']._serialized_end=2854
+  _globals['_STYLE']._serialized_end=797
+  _globals['_IGNOREDKEY']._serialized_start=799
+  _globals['_IGNOREDKEY']._serialized_end=840
+  _globals['_SAMPLERDEFAULTS']._serialized_start=842
+  _globals['_SAMPLERDEFAULTS']._serialized_end=967
+  _globals['_BASEDIMS']._serialized_start=969
+  _globals['_BASEDIMS']._serialized_end=1071
+  _globals['_STYLEPREVIEW']._serialized_start=1073
+  _globals['_STYLEPREVIEW']._serialized_end=1159
+  _globals['_RESIDENCY']._serialized_start=1161
+  _globals['_RESIDENCY']._serialized_end=1207
+  _globals['_LISTSTYLESREQUEST']._serialized_start=1209
+  _globals['_LISTSTYLESREQUEST']._serialized_end=1267
+  _globals['_LISTSTYLESRESPONSE']._serialized_start=1269
+  _globals['_LISTSTYLESRESPONSE']._serialized_end=1393
+  _globals['_STYLEPROBLEM']._serialized_start=1395
+  _globals['_STYLEPROBLEM']._serialized_end=1441
+  _globals['_GETSTYLEREQUEST']._serialized_start=1443
+  _globals['_GETSTYLEREQUEST']._serialized_end=1513
+  _globals['_INSTALLSTYLEREQUEST']._serialized_start=1515
+  _globals['_INSTALLSTYLEREQUEST']._serialized_end=1625
+  _globals['_STYLEUPLOAD']._serialized_start=1627
+  _globals['_STYLEUPLOAD']._serialized_end=1749
+  _globals['_STYLEMANIFEST']._serialized_start=1752
+  _globals['_STYLEMANIFEST']._serialized_end=2091
+  _globals['_INSTALLSTYLERESPONSE']._serialized_start=2093
+  _globals['_INSTALLSTYLERESPONSE']._serialized_end=2183
+  _globals['_REMOVESTYLEREQUEST']._serialized_start=2185
+  _globals['_REMOVESTYLEREQUEST']._serialized_end=2236
+  _globals['_REMOVESTYLERESPONSE']._serialized_start=2238
+  _globals['_REMOVESTYLERESPONSE']._serialized_end=2293
+  _globals['_WARMSTYLEREQUEST']._serialized_start=2295
+  _globals['_WARMSTYLEREQUEST']._serialized_end=2344
+  _globals['_STYLES']._serialized_start=2498
+  _globals['_STYLES']._serialized_end=2870
 # @@protoc_insertion_point(module_scope)

@@ -80,6 +80,7 @@ class Style(_message.Message):
     USES_FIELD_NUMBER: _builtins.int
     LAST_USE_TIME_FIELD_NUMBER: _builtins.int
     JOBS_FIELD_NUMBER: _builtins.int
+    MODELS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     version: _builtins.str
     title: _builtins.str
@@ -87,7 +88,7 @@ class Style(_message.Message):
     default_strength: _builtins.float
     """Strength when the request gives none."""
     base_model: _builtins.str
-    """Family of the base model it was made for, e.g. "wan2.1-i2v-tiny". For people: whether the server's model can wear
+    """Family of the base model it was made for, e.g. "wan2.1-i2v-tiny". For people: whether a model of the server can wear
     it depends on the layers alone, see `compatible`.
     """
     rank: _builtins.int
@@ -95,7 +96,7 @@ class Style(_message.Message):
     license: _builtins.str
     author: _builtins.str
     compatible: _builtins.bool
-    """Whether the server's model can wear it, and if not, why."""
+    """Whether a model of the server can wear it, and if none can, why."""
     incompatibility: _builtins.str
     prompt_template: _builtins.str
     """What becomes of a request's prompt, with "{prompt}" in its place; empty leaves it as it is."""
@@ -135,6 +136,10 @@ class Style(_message.Message):
 
     @_builtins.property
     def last_use_time(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def models(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names of the server's models that can wear it."""
+
     def __init__(
         self,
         *,
@@ -165,10 +170,11 @@ class Style(_message.Message):
         uses: _builtins.int = ...,
         last_use_time: _timestamp_pb2.Timestamp | None = ...,
         jobs: _builtins.int = ...,
+        models: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["base_dims", b"base_dims", "last_use_time", b"last_use_time", "preview", b"preview", "residency", b"residency", "sampler", b"sampler"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["author", b"author", "base_dims", b"base_dims", "base_model", b"base_model", "compatible", b"compatible", "default_strength", b"default_strength", "description", b"description", "fingerprint", b"fingerprint", "format", b"format", "ignored_key_count", b"ignored_key_count", "ignored_keys", b"ignored_keys", "incompatibility", b"incompatibility", "jobs", b"jobs", "last_use_time", b"last_use_time", "license", b"license", "name", b"name", "origin", b"origin", "preview", b"preview", "prompt_template", b"prompt_template", "provider", b"provider", "rank", b"rank", "residency", b"residency", "sampler", b"sampler", "title", b"title", "trigger_words", b"trigger_words", "uses", b"uses", "version", b"version", "weights_size_bytes", b"weights_size_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["author", b"author", "base_dims", b"base_dims", "base_model", b"base_model", "compatible", b"compatible", "default_strength", b"default_strength", "description", b"description", "fingerprint", b"fingerprint", "format", b"format", "ignored_key_count", b"ignored_key_count", "ignored_keys", b"ignored_keys", "incompatibility", b"incompatibility", "jobs", b"jobs", "last_use_time", b"last_use_time", "license", b"license", "models", b"models", "name", b"name", "origin", b"origin", "preview", b"preview", "prompt_template", b"prompt_template", "provider", b"provider", "rank", b"rank", "residency", b"residency", "sampler", b"sampler", "title", b"title", "trigger_words", b"trigger_words", "uses", b"uses", "version", b"version", "weights_size_bytes", b"weights_size_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -316,7 +322,7 @@ class Residency(_message.Message):
     """Memory of these slots."""
     @_builtins.property
     def slots(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Slots that hold it, alone or stacked with others."""
+        """Slots that hold it, alone or stacked with others, of all engine cores."""
 
     def __init__(
         self,
@@ -530,7 +536,7 @@ class StyleManifest(_message.Message):
     """Empty means the name."""
     description: _builtins.str
     base_model: _builtins.str
-    """Empty means the family of the server's model."""
+    """Empty means the family of the server's default model."""
     prompt_template: _builtins.str
     default_strength: _builtins.float
     license: _builtins.str

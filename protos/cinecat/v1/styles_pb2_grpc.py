@@ -94,7 +94,8 @@ class StylesServicer:
         raise NotImplementedError('Method not implemented!')
 
     def WarmStyle(self, request, context):
-        """Loads a style into a slot, so that the first job that wears it need not wait for its file.
+        """Loads a style into a slot of every engine core that can wear it, so that the first job that wears it need not wait
+        for its file.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

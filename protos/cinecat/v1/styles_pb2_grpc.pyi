@@ -42,7 +42,9 @@ class StylesStub:
     RemoveStyle: _grpc.UnaryUnaryMultiCallable[_styles_pb2.RemoveStyleRequest, _styles_pb2.RemoveStyleResponse]
     """Takes an installed style away. Jobs that were accepted with it finish with it."""
     WarmStyle: _grpc.UnaryUnaryMultiCallable[_styles_pb2.WarmStyleRequest, _styles_pb2.Style]
-    """Loads a style into a slot, so that the first job that wears it need not wait for its file."""
+    """Loads a style into a slot of every engine core that can wear it, so that the first job that wears it need not wait
+    for its file.
+    """
 
 @_typing.type_check_only
 class StylesAsyncStub(StylesStub):
@@ -58,7 +60,9 @@ class StylesAsyncStub(StylesStub):
     RemoveStyle: _aio.UnaryUnaryMultiCallable[_styles_pb2.RemoveStyleRequest, _styles_pb2.RemoveStyleResponse]  # type: ignore[assignment]
     """Takes an installed style away. Jobs that were accepted with it finish with it."""
     WarmStyle: _aio.UnaryUnaryMultiCallable[_styles_pb2.WarmStyleRequest, _styles_pb2.Style]  # type: ignore[assignment]
-    """Loads a style into a slot, so that the first job that wears it need not wait for its file."""
+    """Loads a style into a slot of every engine core that can wear it, so that the first job that wears it need not wait
+    for its file.
+    """
 
 class StylesServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -101,6 +105,8 @@ class StylesServicer(metaclass=_abc_1.ABCMeta):
         request: _styles_pb2.WarmStyleRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_styles_pb2.Style, _abc.Awaitable[_styles_pb2.Style]]:
-        """Loads a style into a slot, so that the first job that wears it need not wait for its file."""
+        """Loads a style into a slot of every engine core that can wear it, so that the first job that wears it need not wait
+        for its file.
+        """
 
 def add_StylesServicer_to_server(servicer: StylesServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

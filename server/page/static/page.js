@@ -156,19 +156,29 @@ function showStyles(styles) {
     element.children[0].textContent = `${style.name} ${style.version} `;
     element.children[1].textContent = style.compatible ? style.description ?? "" : `cannot be worn: ${style.incompatibility ?? ""}`;
   }, "no styles");
-  const names = styles.filter((style) => style.compatible);
+  const names = styles.filter((style) => (style.models ?? []).includes($("model").value));
   const select = $("style");
-  if (select.options.length !== names.length + 1) {
+  const listed = names.map((style) => `${style.name}@${style.version}`).join();
+  if (select.dataset.listed !== listed) {
+    select.dataset.listed = listed;
     const chosen = select.value;
     select.replaceChildren(make("option", { value: "", textContent: "none" }), ...names.map((style) => make("option", { value: `${style.name}@${style.version}`, textContent: `${style.name} ${style.version}` })));
     select.value = names.some((style) => `${style.name}@${style.version}` === chosen) ? chosen : "";
   }
 }
 
-function showModel(model) {
-  $("model").textContent = `${model.name} · ${model.device} · ${model.dtype} · engine ${model.engine}`;
-  if (filled === model.fingerprint) return;
-  filled = model.fingerprint;
+function showModels(models) {
+  $("models").textContent = models.map((model) => `${model.name} · ${model.device} · ${model.dtype} · engine ${model.engine}`).join("; ");
+  const select = $("model"), names = models.map((model) => model.name);
+  if (names.join() !== [...select.options].map((option) => option.value).join()) {
+    const chosen = select.value;
+    select.replaceChildren(...names.map((name) => make("option", { value: name, textContent: name })));
+    select.value = names.includes(chosen) ? chosen : names[0];
+  }
+  select.parentElement.hidden = models.length < 2;
+  const model = models.find((each) => each.name === select.value);
+  if (filled === `${model.name} ${model.fingerprint}`) return;
+  filled = `${model.name} ${model.fingerprint}`;
   const defaults = model.defaults ?? {};
   for (const name of ["width", "height", "frames", "steps"]) $(name).value = defaults[name] ?? "";
   for (const name of ["width", "height"]) Object.assign($(name), { min: model.limits.min_size, max: model.limits.max_size, step: model.limits.size_multiple });
@@ -179,9 +189,9 @@ function showModel(model) {
 function show(state) {
   mayAct = state.viewer.may_act;
   const badge = $("ready");
-  badge.textContent = state.ready ? "ready" : state.model || filled ? "not ready" : "loading the model";
+  badge.textContent = state.ready ? "ready" : state.models || filled ? "not ready" : "loading the model";
   badge.className = `badge ${state.ready ? "good" : ""}`;
-  $("clip").hidden = !(mayAct && state.model);
+  $("clip").hidden = !(mayAct && state.models);
   $("read-only").hidden = mayAct;
   for (const name of ["key", "session"]) $(name).classList.toggle("signed-in", mayAct);
   $("key").hidden = mayAct;
@@ -189,8 +199,8 @@ function show(state) {
   document.querySelector("#session > button").hidden = mayAct;
   $("who").hidden = $("sign-out").hidden = !mayAct;
   $("who").textContent = state.viewer.tenant ? `Signed in for ${state.viewer.tenant}` : "Signed in";
-  if (!state.model) return;
-  showModel(state.model);
+  if (!state.models) return;
+  showModels(state.models);
   $("counts").replaceChildren(
     figure("running", state.running), figure("previews waiting", state.queue.interactive),
     figure("renders waiting", state.queue.batch), figure("of others", state.others));
@@ -233,7 +243,7 @@ async function submit(event) {
   $("make").disabled = true;
   try {
     const number = (name) => ($(name).value === "" ? {} : { [name]: Number($(name).value) });
-    const clip = { image: await base64($("image").files[0]), prompt: $("prompt").value, tokenization: { mode: $("tokens").value } };
+    const clip = { model: $("model").value, image: await base64($("image").files[0]), prompt: $("prompt").value, tokenization: { mode: $("tokens").value } };
     Object.assign(clip, ...["width", "height", "frames", "steps"].map(number));
     if ($("seed").value !== "") clip.seed = $("seed").value;
     const [name, version] = $("style").value.split("@");
@@ -275,6 +285,7 @@ function follow(jobId) {
 }
 
 $("clip").addEventListener("submit", submit);
+$("model").addEventListener("change", refresh);
 $("making-cancel").addEventListener("click", () => own && post(`api/jobs/${own}/cancel`).catch(report));
 $("session").addEventListener("submit", async (event) => {
   event.preventDefault();

@@ -1,0 +1,103 @@
+"""From settings to what works: cores started and warmed up, and the pools that they join."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from cinecat.engines.messages import ModelInfo
+from cinecat.plugins.registry import StyleRegistry
+from cinecat.server.artifacts import ArtifactStore
+from cinecat.server.backlog import Backlog
+from cinecat.server.checkpoints import Checkpoints
+from cinecat.server.circuit import Circuit
+from cinecat.server.core_gauges import CoreGauges
+from cinecat.server.costs import Costs
+from cinecat.server.executors import core_config, new_core
+from cinecat.server.fleet import Fleet
+from cinecat.server.inputs import JobInputs
+from cinecat.server.jobs import Jobs
+from cinecat.server.metrics import Metrics
+from cinecat.server.models import describe_model
+from cinecat.server.patience import Patience
+from cinecat.server.policy import POLICIES
+from cinecat.server.pool import Pool
+from cinecat.server.render import CheckpointRule, Renderer
+from cinecat.server.replica import Replica
+from cinecat.server.settings import Settings
+from cinecat.server.style_activity import StyleActivity
+from cinecat.server.styles import StyleCatalogue
+from cinecat.server.warmup import warm_up
+from cinecat.v1 import models_pb2
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A replica that is warm, and the model that it has."""
+
+    replica: Replica
+    info: ModelInfo
+    model: models_pb2.Model
+
+
+@dataclass(frozen=True)
+class Loader:
+    """What replicas and pools are made with."""
+
+    fleet: Fleet
+    jobs: Jobs
+    inputs: JobInputs
+    artifacts: ArtifactStore
+    checkpoints: Checkpoints
+    registry: StyleRegistry
+    activity: StyleActivity
+    metrics: Metrics
+    patience: Patience
+    circuit: Circuit
+    profile_dir: Path | None
+    on_change: Callable[[], Awaitable[None]]
+
+    async def load(self, name: str, settings: Settings, device: str) -> Loaded:
+        """Starts a core and warms it up.
+
+        Args:
+            name: of the model; empty is the checkpoint's own.
+            settings: the model's.
+            device: one that `cards.next_device` gave.
+
+        Raises:
+            ModelError, CoreDied: the model cannot be served there.
+        """
+        gauges = CoreGauges(self.metrics)
+        core = new_core(core_config(settings, device), gauges)
+        self.fleet.cores.add(core)
+        info = await core.start()
+        info = replace(info, name=name or info.name)
+        model = describe_model(info, settings)
+        replica = Replica(core, gauges, self.activity, device)
+        replica.state_bytes = info.state_bytes
+        replica.resident = await warm_up(core, info, model)
+        gauges.slots(len(replica.resident))
+        return Loaded(replica, info, model)
+
+    def pool(self, loaded: Loaded, settings: Settings) -> Pool:
+        """A pool for a model, without a replica yet."""
+        costs = Costs()
+        catalogue = StyleCatalogue(self.registry, loaded.info, self.activity)
+        renderer = Renderer(
+            loaded.model,
+            self.jobs,
+            catalogue,
+            self.inputs,
+            self.artifacts,
+            self.checkpoints,
+            CheckpointRule(settings.checkpoint_steps, settings.checkpoint_seconds),
+            self.metrics,
+            costs,
+            self.patience,
+            self.profile_dir,
+        )
+        backlog = Backlog(self.jobs, costs, settings.max_batch, self.metrics)
+        policy = POLICIES[settings.scheduling]
+        return Pool(renderer, backlog, policy, self.circuit, self.fleet.broken, self.on_change)
