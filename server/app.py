@@ -7,8 +7,9 @@ import contextlib
 import json
 import platform
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from cinecat.server.retention import Retention
 from cinecat.server.services.generation import GenerationService
 from cinecat.server.services.models import ModelsService
 from cinecat.server.services.styles import StylesService
-from cinecat.server.settings import Settings
+from cinecat.server.settings import Settings, SettingsError
 from cinecat.server.staffing import Staffing
 from cinecat.server.style_activity import StyleActivity
 from cinecat.server.style_installer import StyleInstaller
@@ -46,20 +47,31 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True)
 class RunningServer:
-    """A ready server: where it listens, and what is done, with an error, when it works off its queue no more."""
+    """A ready server.
+
+    Attributes:
+        address: of the gRPC services.
+        broken: done, with an error, when it works off its queue no more.
+        reload: makes it what other settings say, as far as they can change while it runs.
+    """
 
     address: str
     metrics_port: int
     broken: asyncio.Future[None]
+    reload: Callable[[Settings], Awaitable[None]]
 
 
-async def serve(settings: Settings) -> None:
-    """Runs until SIGTERM or SIGINT, then drains and returns. A second signal ends the drain.
+async def serve(settings: Settings, read_again: Callable[[], Settings]) -> None:
+    """Runs until SIGTERM or SIGINT, then drains and returns. A second signal ends the drain. SIGHUP reads the settings
+    again and makes of the running server what they say.
+
+    Args:
+        read_again: the settings as they are then. Raises SettingsError.
 
     Raises:
         ModelError, CoreDied, SettingsError, OSError: the server cannot start.
     """
-    stop, hurry = asyncio.Event(), asyncio.Event()
+    stop, hurry, changed = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
     def on_signal() -> None:
         (hurry if stop.is_set() else stop).set()
@@ -67,8 +79,10 @@ async def serve(settings: Settings) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
+    loop.add_signal_handler(signal.SIGHUP, changed.set)
     ready = asyncio.Event()
-    serving = asyncio.create_task(_serve_until(stop, hurry, ready, settings))
+    reloading = partial(_reload, changed, read_again)
+    serving = asyncio.create_task(_serve_until(stop, hurry, ready, settings, reloading))
     stopping = asyncio.create_task(stop.wait())
     await asyncio.wait([serving, stopping], return_when=asyncio.FIRST_COMPLETED)
     stopping.cancel()
@@ -78,7 +92,13 @@ async def serve(settings: Settings) -> None:
         await serving
 
 
-async def _serve_until(stop: asyncio.Event, hurry: asyncio.Event, ready: asyncio.Event, settings: Settings) -> None:
+async def _serve_until(
+    stop: asyncio.Event,
+    hurry: asyncio.Event,
+    ready: asyncio.Event,
+    settings: Settings,
+    reloading: Callable[[RunningServer], Coroutine[Any, Any, None]],
+) -> None:
     if settings.ready_file is not None:
         settings.ready_file.unlink(missing_ok=True)  # a former server's
     async with running(settings, hurry) as server:
@@ -88,10 +108,27 @@ async def _serve_until(stop: asyncio.Event, hurry: asyncio.Event, ready: asyncio
         metrics_url = f"http://{settings.metrics_host}:{server.metrics_port}/metrics"
         log.info("ready", address=server.address, metrics=metrics_url)
         stopping: asyncio.Future[Any] = asyncio.create_task(stop.wait())
+        reloads = asyncio.create_task(reloading(server))
         await asyncio.wait([stopping, server.broken], return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()
+        await _cancelled(reloads)
         if server.broken.done():
             server.broken.result()  # a server that takes jobs and works on none must not live on
+
+
+async def _reload(changed: asyncio.Event, read_again: Callable[[], Settings], server: RunningServer) -> None:
+    while True:
+        await changed.wait()
+        changed.clear()
+        try:
+            settings = await asyncio.to_thread(read_again)
+        except SettingsError as error:
+            log.error("settings cannot be used; the server stays as it is", error=f"{error}")
+            continue
+        try:
+            await server.reload(settings)
+        except Exception as error:
+            log.error("settings could not be carried out in full", exc_info=error)
 
 
 @contextlib.asynccontextmanager
@@ -171,11 +208,13 @@ async def running(settings: Settings, hurry: asyncio.Event) -> AsyncIterator[Run
         try:
             serving = True
             await tell_readiness()
-            yield RunningServer(f"{settings.address.rpartition(':')[0]}:{port}", metrics_port, fleet.broken)
+            host = settings.address.rpartition(":")[0]
+            yield RunningServer(f"{host}:{port}", metrics_port, fleet.broken, staffing.reconcile)
         finally:
             log.info("shutting down", drain_seconds=settings.drain_seconds)
             serving = False
             await tell_readiness()
+            await staffing.close()
             await fleet.drain(settings.drain_seconds, hurry)
             jobs.stop_watching()
             page.served = None

@@ -57,16 +57,17 @@ class Backlog:
 
     Attributes:
         replicas: that work it off, with what wakes each.
+        most_together: jobs in one forward.
     """
 
     def __init__(self, jobs: Jobs, costs: Costs, most_together: int, metrics: Metrics) -> None:
-        """`most_together` is of jobs in one forward."""
         self._jobs = jobs
         self._costs = costs
-        self._most_together = most_together
+        self.most_together = most_together
         self._metrics = metrics
         self._depth = dict.fromkeys(PRIORITIES, 0)
         self.replicas: dict[Replica, asyncio.Event] = {}
+        self._empty = asyncio.Event()
         self._entries: dict[str, _Entry] = {}
         self._shares = Shares()
         self._bytes_per_pixel = 0.0  # of a state, the most that was seen
@@ -85,6 +86,7 @@ class Backlog:
         merged = live.job.clip.tokenization.mode == clip_pb2.Tokenization.CAT
         wears = merged or any(style.strength for style in live.job.clip.styles)
         self._entries[live.job_id] = _Entry(rendering, arrival, wears)
+        self._empty.clear()
         if is_interactive(live.job):
             self._shares.arrived(self._costs.whole(live.job.clip, rendering.expected_tokens()) or 0.0)
         for entry in self._present():
@@ -111,8 +113,19 @@ class Backlog:
 
     def remove(self, rendering: Rendering) -> None:
         """Forgets a job that is done, or whose files are all that is left to do."""
-        if self._entries.pop(rendering.live.job_id, None) is not None:
+        if self._forget(rendering.live.job_id):
             self.tell_positions()
+
+    def _forget(self, job_id: str) -> bool:
+        known = self._entries.pop(job_id, None) is not None
+        if not self._entries:
+            self._empty.set()
+        return known
+
+    async def until_empty(self) -> None:
+        """Until all of its jobs have ended, or only their files are left to do."""
+        while self._present():
+            await self._empty.wait()
 
     def found_no_slot(self, rendering: Rendering) -> None:
         """Notes that a job needs a style slot."""
@@ -157,7 +170,7 @@ class Backlog:
             batch_is_due=self._shares.batch_is_due,
             state_bytes=replica.state_bytes,
             slots_full=replica.slots_full,
-            most_together=self._most_together,
+            most_together=self.most_together,
             step_seconds=self._costs.step_seconds,
         )
 
@@ -215,7 +228,7 @@ class Backlog:
     def _present(self) -> list[_Entry]:
         """Jobs that were cancelled in the queue are gone from it, for good once that is stored."""
         for job_id in [job_id for job_id, entry in self._entries.items() if entry.rendering.live.end_is_stored]:
-            del self._entries[job_id]
+            self._forget(job_id)
         return [entry for entry in self._entries.values() if not entry.rendering.live.ended]
 
     def _task(self, entry: _Entry) -> Task:

@@ -44,7 +44,7 @@ def _serve(
 
     configure_logging(settings.log_format, settings.log_level)
     try:
-        asyncio.run(run_server(settings))
+        asyncio.run(run_server(settings, lambda: load_settings(given, os.environ, config)))
     except (EngineError, SettingsError, OSError) as error:
         _refuse(f"{error}")
 

@@ -72,23 +72,36 @@ class Loader:
         gauges = CoreGauges(self.metrics)
         core = new_core(core_config(settings, device), gauges)
         self.fleet.cores.add(core)
-        info = await core.start()
-        info = replace(info, name=name or info.name)
-        model = describe_model(info, settings)
         replica = Replica(core, gauges, self.activity, device)
+        try:
+            info = await core.start()
+            info = replace(info, name=name or info.name)
+            model = describe_model(info, settings)
+            replica.resident = await warm_up(core, info, model)
+        except BaseException:
+            await self.unload(replica)
+            raise
         replica.state_bytes = info.state_bytes
-        replica.resident = await warm_up(core, info, model)
         gauges.slots(len(replica.resident))
         return Loaded(replica, info, model)
+
+    async def unload(self, replica: Replica) -> None:
+        """Stops a core that no pool has, or has any more."""
+        await replica.core.stop()
+        replica.leave()
+        self.fleet.cores.discard(replica.core)
+
+    def catalogue(self, loaded: Loaded) -> StyleCatalogue:
+        """The styles, as a model can wear them."""
+        return StyleCatalogue(self.registry, loaded.info, self.activity)
 
     def pool(self, loaded: Loaded, settings: Settings) -> Pool:
         """A pool for a model, without a replica yet."""
         costs = Costs()
-        catalogue = StyleCatalogue(self.registry, loaded.info, self.activity)
         renderer = Renderer(
             loaded.model,
             self.jobs,
-            catalogue,
+            self.catalogue(loaded),
             self.inputs,
             self.artifacts,
             self.checkpoints,

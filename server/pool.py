@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import structlog
 
@@ -54,6 +54,8 @@ class Pool:
         self._broken = broken
         self._on_change = on_change
         self._members: list[_Member] = []
+        self._loading = 0
+        self._counted = dict.fromkeys(REPLICA_STATES, 0)
         renderer.metrics.loaded(self.model)
 
     @property
@@ -97,7 +99,7 @@ class Pool:
 
     async def retire(self, replica: Replica, seconds: float) -> None:
         """Lets a replica take no more work, gives its jobs this long, then puts them back into the queue with what was
-        saved of them, and stops its core.
+        saved of them, and lets it go; its core runs on.
         """
         member = next(each for each in self._members if each.replica is replica)
         log.info("replica drains", model=self.model.name, device=replica.device)
@@ -107,9 +109,7 @@ class Pool:
         member.scheduler.send_out()
         await asyncio.wait([member.worker])
         await member.scheduler.finished()
-        await replica.core.stop()
         self._members.remove(member)
-        replica.leave()
         self._count()
         log.info("replica has left", model=self.model.name, device=replica.device)
 
@@ -129,15 +129,39 @@ class Pool:
         for member in list(self._members):
             await member.scheduler.finished()
 
+    @property
+    def loading(self) -> int:
+        """How many replicas are about to join."""
+        return self._loading
+
+    @loading.setter
+    def loading(self, replicas: int) -> None:
+        self._loading = replicas
+        self._count()
+
+    def renew(self, model: models_pb2.Model, catalogue: StyleCatalogue, most_together: int) -> None:
+        """Takes requests for the model as it is from now on; jobs that were accepted before keep what they have."""
+        self._renderer.metrics.unloaded(self.model)
+        self._renderer = replace(self._renderer, model=model, catalogue=catalogue)
+        self._renderer.metrics.loaded(model)
+        self.backlog.most_together = most_together
+
+    def unload(self) -> None:
+        """Says that the model is served no more, once its replicas have left."""
+        self._renderer.metrics.unloaded(self.model)
+
     async def _move(self, replica: Replica, state: State) -> None:
         replica.state = state
         self._count()
         await self._on_change()
 
     def _count(self) -> None:
-        states = [f"{replica.state}" for replica in self.replicas]
+        states = [*(f"{replica.state}" for replica in self.replicas), *(["loading"] * self._loading)]
         for state in REPLICA_STATES:
-            self._renderer.metrics.replicas.labels(self.model.name, state).set(states.count(state))
+            count = states.count(state)
+            # Another pool may have the name, while this one leaves.
+            self._renderer.metrics.replicas.labels(self.model.name, state).inc(count - self._counted[state])
+            self._counted[state] = count
 
     def _ended(self, worker: asyncio.Task[None]) -> None:
         if not worker.cancelled() and (error := worker.exception()) is not None and not self._broken.done():

@@ -1,14 +1,37 @@
-"""How many replicas each model has, and which: as the settings want it."""
+"""How many replicas each model has, and which: as the settings want it, whenever they are read."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any
 
+import structlog
+
+from cinecat.engines.errors import EngineError
+from cinecat.engines.messages import ModelInfo
 from cinecat.server.cards import next_device
 from cinecat.server.fleet import Fleet
 from cinecat.server.loading import Loaded, Loader
-from cinecat.server.settings import Settings, SettingsError
+from cinecat.server.models import describe_model
+from cinecat.server.pool import Pool
+from cinecat.server.replica import Replica
+from cinecat.server.settings import PER_MODEL, Settings, SettingsError
+
+_FRONT_ALONE = frozenset({"replicas", "default_size", "max_batch", "max_tokens", "max_steps"})
+"""Settings of a model that no engine core was started with."""
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass
+class _Staffed:
+    """A pool, and the settings that it has come to."""
+
+    pool: Pool
+    settings: Settings
+    info: ModelInfo
 
 
 class Staffing:
@@ -17,6 +40,9 @@ class Staffing:
     def __init__(self, fleet: Fleet, loader: Loader) -> None:
         self._fleet = fleet
         self._loader = loader
+        self._settings = Settings()
+        self._staffed: dict[str, _Staffed] = {}  # by the name in the settings
+        self._leaving: set[asyncio.Task[None]] = set()
 
     async def start(self, settings: Settings) -> None:
         """Loads every replica of every model, side by side.
@@ -25,10 +51,10 @@ class Staffing:
             ModelError, CoreDied: one of them cannot be served; the fleet is to be stopped.
             SettingsError: two models have one name.
         """
-        served = settings.served
+        self._settings = settings
         devices: dict[str, list[str]] = {}
         loading: dict[str, list[asyncio.Task[Loaded]]] = {}
-        for name, own in served.items():
+        for name, own in settings.served.items():
             devices[name], loading[name] = [], []
             for _ in range(own.replicas):
                 others = [device for model, taken in devices.items() if model != name for device in taken]
@@ -36,14 +62,143 @@ class Staffing:
                 devices[name].append(device)
                 loading[name].append(asyncio.create_task(self._loader.load(name, own, device)))
         await _all_or_none([task for tasks in loading.values() for task in tasks])
-        for name, own in served.items():
-            replicas = [task.result() for task in loading[name]]
-            if self._fleet.pool(model := replicas[0].model.name) is not None:
-                raise SettingsError(f"models: {model} is what the first model is called; choose another name")
-            pool = self._loader.pool(replicas[0], own)
-            self._fleet.pools.append(pool)
-            for loaded in replicas:
+        for name, own in settings.served.items():
+            first, *others_loaded = [task.result() for task in loading[name]]
+            pool = await self._open(name, own, first)
+            for loaded in others_loaded:
                 await pool.join(loaded.replica)
+
+    async def reconcile(self, settings: Settings) -> None:
+        """Makes the running fleet what other settings say: what joins is loaded first, then leaves what leaves. A model
+        for which that fails stays as it is, and the log says why; the next call tries again.
+        """
+        settings = self._with_what_stays(settings)
+        served = settings.served
+        for name in self._staffed.keys() - served.keys():
+            self._let_go(self._staffed.pop(name).pool)
+        for name, own in served.items():
+            try:
+                await self._staff(name, own)
+            except (EngineError, SettingsError, OSError) as error:
+                log.error("model stays as it is", setting=f"models.{name}" if name else "model", error=f"{error}")
+        order = list(served)
+        places = {staffed.pool.model.name: order.index(name) for name, staffed in self._staffed.items()}
+        # A new list: requests are checked in threads.
+        self._fleet.pools = sorted(self._fleet.pools, key=lambda pool: places[pool.model.name])
+        self._settings = settings
+        log.info("settings read again", models=[model.name for model in self._fleet.models])
+
+    async def close(self) -> None:
+        """Ends what is still being done in the background; draining the fleet is its own affair."""
+        for task in self._leaving:
+            task.cancel()
+        if self._leaving:
+            await asyncio.wait(self._leaving)
+
+    def _with_what_stays(self, settings: Settings) -> Settings:
+        """Of new settings those that can change at run time, of the others what they were."""
+        fixed = Settings.model_fields.keys() - PER_MODEL - {"models"}
+        changed = sorted(name for name in fixed if getattr(settings, name) != getattr(self._settings, name))
+        if changed:
+            log.warning("settings that change with a restart only", settings=changed)
+        return settings.model_copy(update={name: getattr(self._settings, name) for name in changed})
+
+    async def _staff(self, name: str, own: Settings) -> None:
+        staffed = self._staffed.get(name)
+        if staffed is None:
+            pool = await self._open(name, own, await self._load(name, own, None))
+        elif _differ(staffed.settings, own, PER_MODEL - _FRONT_ALONE):
+            pool = await self._roll(name, staffed, own)
+        else:
+            pool = staffed.pool
+            if _differ(staffed.settings, own, _FRONT_ALONE - {"replicas"}):
+                model = describe_model(staffed.info, own)
+                model.engine = pool.model.engine
+                pool.renew(model, pool.catalogue, own.max_batch)
+        present = _present(pool)
+        for _ in range(own.replicas - len(present)):
+            loaded = await self._load(name, own, pool)
+            await pool.join(loaded.replica)
+        for replica in present[own.replicas :]:
+            self._send_off(pool, replica)
+        self._staffed[name].settings = own
+
+    async def _open(self, name: str, own: Settings, loaded: Loaded) -> Pool:
+        """A pool with its first replica."""
+        if any(pool.model.name == loaded.model.name for pool in self._fleet.pools):
+            await self._loader.unload(loaded.replica)
+            raise SettingsError(f"models: {loaded.model.name} is what the first model is called; choose another name")
+        pool = self._loader.pool(loaded, own)
+        self._staffed[name] = _Staffed(pool, own, loaded.info)
+        self._fleet.pools.append(pool)
+        await pool.join(loaded.replica)
+        return pool
+
+    async def _roll(self, name: str, staffed: _Staffed, own: Settings) -> Pool:
+        """Replaces the replicas of a model one after the other."""
+        pool, leaving = staffed.pool, _present(staffed.pool)
+        for number, old in enumerate(leaving[: own.replicas]):
+            device = old.device if staffed.settings.device == own.device else None
+            loaded = await self._load(name, own, pool, device)
+            if loaded.model.name != pool.model.name:
+                # The first model is called what its checkpoint is called: it is another model.
+                opened = await self._open(name, own, loaded)
+                self._let_go(pool)
+                return opened
+            if number == 0:
+                pool.renew(loaded.model, self._loader.catalogue(loaded), own.max_batch)
+                staffed.info = loaded.info
+            await pool.join(loaded.replica)
+            await self._retire(pool, old)
+        return pool
+
+    async def _load(self, name: str, own: Settings, pool: Pool | None, device: str | None = None) -> Loaded:
+        """A warm replica, on a device of its own where none is given."""
+        mine = [] if pool is None else [replica.device for replica in pool.replicas]
+        pools = [*self._fleet.pools, *self._fleet.leaving]
+        others = [replica.device for each in pools if each is not pool for replica in each.replicas]
+        if pool is not None:
+            pool.loading += 1
+        try:
+            return await self._loader.load(name, own, device or next_device(own.device, mine, others))
+        finally:
+            if pool is not None:
+                pool.loading -= 1
+
+    def _send_off(self, pool: Pool, replica: Replica) -> None:
+        replica.state = "draining"  # at once, so that it is counted no more
+        self._in_background(self._retire(pool, replica))
+
+    async def _retire(self, pool: Pool, replica: Replica) -> None:
+        await pool.retire(replica, self._settings.drain_seconds)
+        await self._loader.unload(replica)
+
+    def _let_go(self, pool: Pool) -> None:
+        """No request is for the model any more, and its replicas leave when its jobs are done."""
+        log.info("model leaves when its jobs are done", model=pool.model.name)
+        self._fleet.pools = [each for each in self._fleet.pools if each is not pool]
+        self._fleet.leaving.append(pool)
+        self._in_background(self._close(pool))
+
+    async def _close(self, pool: Pool) -> None:
+        await pool.backlog.until_empty()
+        await asyncio.gather(*(self._retire(pool, replica) for replica in _present(pool)))
+        self._fleet.leaving.remove(pool)
+        pool.unload()
+        log.info("model has left", model=pool.model.name)
+
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._leaving.add(task)
+        task.add_done_callback(self._leaving.discard)
+
+
+def _present(pool: Pool) -> list[Replica]:
+    return [replica for replica in pool.replicas if replica.state != "draining"]
+
+
+def _differ(before: Settings, after: Settings, names: frozenset[str]) -> bool:
+    return any(getattr(before, name) != getattr(after, name) for name in names)
 
 
 async def _all_or_none(tasks: Sequence[asyncio.Task[Loaded]]) -> None:

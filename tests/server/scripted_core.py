@@ -50,7 +50,7 @@ class _State:
         return StepShape("torch", tokens) if self.step < self.shot.steps else None
 
 
-@dataclass
+@dataclass(eq=False)
 class ScriptedCore:
     """A `Core`.
 
