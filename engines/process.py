@@ -53,8 +53,9 @@ _LAST_WORDS_SECONDS = 2.0
 
 def run_core(connection: Connection, config: CoreConfig) -> None:
     """Body of the process: loads the model, says Ready after any notices, then answers calls until the pipe closes."""
-    # The parent decides when to stop; a Ctrl-C in the terminal must not tear a step.
+    # The parent decides when to stop; a Ctrl-C in the terminal, or its end, must not tear a step.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     configure_logging(config.log_format, config.log_level)
     _die_with_parent()
     # transformers warns that there is no torchvision, which nothing here uses.

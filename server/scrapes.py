@@ -74,8 +74,8 @@ class Scrape:
         return sums
 
     def label(self, name: str, label: str) -> str:
-        """A label of an info metric's only series; empty where there is none."""
-        return next((dict(series).get(label, "") for series in self.samples.get(name, {})), "")
+        """A label of an info metric, of all of its series; empty where there is none."""
+        return ", ".join(dict.fromkeys(dict(series).get(label, "") for series in self.samples.get(name, {})))
 
     def _matching(self, name: str, labels: Mapping[str, str]) -> Iterator[float]:
         wanted = labels.items()

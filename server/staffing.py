@@ -184,7 +184,8 @@ class Staffing:
         await pool.backlog.until_empty()
         await asyncio.gather(*(self._retire(pool, replica) for replica in _present(pool)))
         self._fleet.leaving.remove(pool)
-        pool.unload()
+        if self._fleet.pool(pool.model.name) is None:  # and it was not offered again meanwhile
+            pool.unload()
         log.info("model has left", model=pool.model.name)
 
     def _in_background(self, work: Coroutine[Any, Any, None]) -> None:

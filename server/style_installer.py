@@ -251,9 +251,10 @@ class StyleInstaller:
         style = self._catalogue.find(manifest.name, manifest.version)
         log.info("style installed", style=manifest.name, version=manifest.version, bytes=staged.size_bytes)
         notes = []
-        if manifest.base_model != self._catalogue.family:
+        families = self._catalogue.families(manifest, header)
+        if manifest.base_model not in families:
             notes.append(
-                f"base_model: made for {manifest.base_model}; the server has {self._catalogue.family}, whose layers fit"
+                f"base_model: made for {manifest.base_model}; the server has {', '.join(families)}, whose layers fit"
             )
         return Installation(style, notes=tuple(notes))
 

@@ -50,6 +50,10 @@ class StyleModels:
         """As `StyleCatalogue.find`."""
         return self._first.find(name, version)
 
+    def families(self, manifest: StyleManifest, header: LoraHeader) -> list[str]:
+        """Of the models that can wear what a file changes."""
+        return list(dict.fromkeys(each.family for each in self._catalogues() if not each.misfit(manifest, header)))
+
     def wearers(self, manifest: StyleManifest, header: LoraHeader) -> list[str]:
         """Names of the models that can wear what a file changes."""
         return [each.model_name for each in self._catalogues() if not each.misfit(manifest, header)]

@@ -76,8 +76,8 @@ with jobs running:
 - A table of `models` that is gone: no request is for that model any more; the jobs that it has accepted are done first,
   then its cores leave.
 - What a core is started with, such as `model`, `max_rank` or `engine`: replicas are replaced one after the other. The
-  new one is loaded first, on the old one's device unless `device` changes too, then the old one drains; a device without
-  room for both keeps the old one. Jobs that wait meanwhile are made by whichever is free.
+  new one is loaded first, on the old one's device unless `device` changes too, then the old one drains; a device
+  without room for both keeps the old one. Jobs that wait meanwhile are made by whichever is free.
 - `max_batch`, `max_steps`, `max_tokens` and `default_size`: hold for requests from then on.
 - Anything else stays as it is until a restart, and the log names it.
 
