@@ -1,37 +1,57 @@
-"""Which device each replica gets, from the setting `device`."""
+"""Which devices each replica gets, from the settings `device` and `shard`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cinecat.engines.sharding.layout import MOST_RANKS, parse_layout
 
 ANY_CARD = ("auto", "cuda")
 
 
-def next_device(setting: str, own: Sequence[str], others: Sequence[str] = ()) -> str:
-    """The device of one more replica, as in `CoreConfig`.
+@dataclass(frozen=True)
+class Seat:
+    """Where a replica is.
 
-    "auto" and "cuda" give the first GPU that no replica of the server is on; of several names, the one that fewest
+    Attributes:
+        device: of its first rank, as in `CoreConfig`.
+        cards: GPUs that it takes from there on, where it is on GPUs.
+    """
+
+    device: str
+    cards: int = 1
+
+    @property
+    def numbers(self) -> range:
+        """Of its GPUs; none where it is on a CPU by name."""
+        kind, _, number = self.device.partition(":")
+        first = int(number) if number else 0
+        return range(first, first + self.cards) if kind in ANY_CARD else range(0)
+
+
+def next_seat(device: str, shard: str, own: Sequence[Seat], others: Sequence[Seat] = ()) -> Seat:
+    """Where one more replica goes.
+
+    "auto" and "cuda" give the first GPUs that no replica of the server is on; of several names, the one that fewest
     replicas are on, first of the model, then of others.
 
     Args:
-        own: devices of the model's replicas.
-        others: devices of all other replicas.
+        device, shard: the settings.
+        own: of the model's replicas.
+        others: of all other replicas.
     """
-    names = device_names(setting)
-    if setting not in ANY_CARD:
-        return min(names, key=lambda name: (own.count(name), others.count(name)))
-    taken = {_card(device) for device in (*own, *others)}
-    card = next(number for number in range(len(taken) + 1) if number not in taken)
-    return f"{setting}:{card}" if card else setting
+    layout = parse_layout(shard)
+    cards = MOST_RANKS if layout is None else layout.ranks  # one that is chosen takes what there is
+    if device not in ANY_CARD:
+        taken, foreign = [seat.device for seat in own], [seat.device for seat in others]
+        return Seat(min(device_names(device), key=lambda name: (taken.count(name), foreign.count(name))), cards)
+    numbers = {number for seat in (*own, *others) for number in seat.numbers}
+    starts = (first for first in range(max(numbers, default=-1) + 2) if numbers.isdisjoint(range(first, first + cards)))
+    first = next(starts)
+    return Seat(f"{device}:{first}" if first else device, cards)
 
 
-def device_names(setting: str) -> list[str]:
-    """The devices that a setting lists."""
-    return [word.strip() for word in setting.split(",")]
-
-
-def _card(device: str) -> int | None:
-    kind, _, number = device.partition(":")
-    if kind not in ANY_CARD:
-        return None
-    return int(number) if number else 0
+def device_names(device: str) -> list[str]:
+    """The devices that the setting lists."""
+    return [word.strip() for word in device.split(",")]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cinecat.cli import output as out
-from cinecat.server.cards import next_device
+from cinecat.server.cards import next_seat
 from cinecat.server.commands import with_setting_flags
 from cinecat.server.settings import SettingsError, load_settings
 
@@ -65,7 +65,7 @@ def _doctor(
         Asked(
             model=settings.model,
             model_variant="" if settings.model_variant is None else str(settings.model_variant),
-            device=next_device(settings.device, ()),
+            device=next_seat(settings.device, settings.shard, ()).device,
             dtype=settings.dtype,
             engine=settings.engine,
             style_slots=settings.style_slots,

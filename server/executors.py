@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from cinecat.engines.messages import CoreConfig
+from cinecat.server.cards import Seat
 from cinecat.server.core import Core
 from cinecat.server.core_gauges import CoreGauges
 from cinecat.server.core_process import CoreProcess
@@ -14,16 +15,11 @@ def new_core(config: CoreConfig, gauges: CoreGauges) -> Core:
     return CoreProcess(config, gauges)
 
 
-def core_config(settings: Settings, device: str) -> CoreConfig:
-    """What a core of a model needs to start on a device.
-
-    Args:
-        settings: the model's.
-        device: one of those that `cards.next_device` gives.
-    """
+def core_config(settings: Settings, seat: Seat) -> CoreConfig:
+    """What a core of a model with these settings needs to start there."""
     return CoreConfig(
         model=settings.model,
-        device=device,
+        device=seat.device,
         dtype=settings.dtype,
         threads=settings.threads,
         style_slots=settings.style_slots,

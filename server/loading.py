@@ -10,6 +10,7 @@ from cinecat.engines.messages import ModelInfo
 from cinecat.plugins.registry import StyleRegistry
 from cinecat.server.artifacts import ArtifactStore
 from cinecat.server.backlog import Backlog
+from cinecat.server.cards import Seat
 from cinecat.server.checkpoints import Checkpoints
 from cinecat.server.circuit import Circuit
 from cinecat.server.core_gauges import CoreGauges
@@ -58,21 +59,21 @@ class Loader:
     profile_dir: Path | None
     on_change: Callable[[], Awaitable[None]]
 
-    async def load(self, name: str, settings: Settings, device: str) -> Loaded:
+    async def load(self, name: str, settings: Settings, seat: Seat) -> Loaded:
         """Starts a core and warms it up.
 
         Args:
             name: of the model; empty is the checkpoint's own.
             settings: the model's.
-            device: one that `cards.next_device` gave.
+            seat: one that `cards.next_seat` gave.
 
         Raises:
             ModelError, CoreDied: the model cannot be served there.
         """
         gauges = CoreGauges(self.metrics)
-        core = new_core(core_config(settings, device), gauges)
+        core = new_core(core_config(settings, seat), gauges)
         self.fleet.cores.add(core)
-        replica = Replica(core, gauges, self.activity, device)
+        replica = Replica(core, gauges, self.activity, seat)
         try:
             info = await core.start()
             info = replace(info, name=name or info.name)

@@ -102,7 +102,7 @@ class Pool:
         saved of them, and lets it go; its core runs on.
         """
         member = next(each for each in self._members if each.replica is replica)
-        log.info("replica drains", model=self.model.name, device=replica.device)
+        log.info("replica drains", model=self.model.name, device=replica.seat.device)
         await self._move(replica, "draining")
         member.scheduler.retire()
         await asyncio.wait([member.worker], timeout=seconds)
@@ -111,7 +111,7 @@ class Pool:
         await member.scheduler.finished()
         self._members.remove(member)
         self._count()
-        log.info("replica has left", model=self.model.name, device=replica.device)
+        log.info("replica has left", model=self.model.name, device=replica.seat.device)
 
     @property
     def workers(self) -> list[asyncio.Task[None]]:

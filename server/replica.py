@@ -6,6 +6,7 @@ from collections.abc import Set
 from typing import Literal, TypeAlias
 
 from cinecat.engines.messages import ResidentStyle
+from cinecat.server.cards import Seat
 from cinecat.server.core import Core
 from cinecat.server.core_gauges import CoreGauges
 from cinecat.server.style_activity import StyleActivity
@@ -17,18 +18,18 @@ class Replica:
     """What a job is bound to from its beginning until it leaves the core.
 
     Attributes:
-        device: that its core was started on, as in `CoreConfig`.
+        seat: where its core was started.
         state: what it is about.
         state_bytes: that jobs in its core may hold together; 0 is no bound.
         idle: nothing is in its core, it found nothing to do, and it waits to be woken.
         slots_full: a job found no style slot free, and no job has left the core since.
     """
 
-    def __init__(self, core: Core, gauges: CoreGauges, activity: StyleActivity, device: str = "auto") -> None:
+    def __init__(self, core: Core, gauges: CoreGauges, activity: StyleActivity, seat: Seat | None = None) -> None:
         """`activity` is told what is in its style slots."""
         self.core = core
         self.gauges = gauges
-        self.device = device
+        self.seat = seat or Seat("auto")
         self.state: State = "loading"
         self.state_bytes = 0
         self.idle = False

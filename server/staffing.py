@@ -11,7 +11,7 @@ import structlog
 
 from cinecat.engines.errors import EngineError
 from cinecat.engines.messages import ModelInfo
-from cinecat.server.cards import next_device
+from cinecat.server.cards import Seat, next_seat
 from cinecat.server.fleet import Fleet
 from cinecat.server.loading import Loaded, Loader
 from cinecat.server.models import describe_model
@@ -52,15 +52,14 @@ class Staffing:
             SettingsError: two models have one name.
         """
         self._settings = settings
-        devices: dict[str, list[str]] = {}
+        taken: list[Seat] = []
         loading: dict[str, list[asyncio.Task[Loaded]]] = {}
         for name, own in settings.served.items():
-            devices[name], loading[name] = [], []
+            seats: list[Seat] = []
             for _ in range(own.replicas):
-                others = [device for model, taken in devices.items() if model != name for device in taken]
-                device = next_device(own.device, devices[name], others)
-                devices[name].append(device)
-                loading[name].append(asyncio.create_task(self._loader.load(name, own, device)))
+                seats.append(next_seat(own.device, own.shard, seats, taken))
+            loading[name] = [asyncio.create_task(self._loader.load(name, own, seat)) for seat in seats]
+            taken += seats
         await _all_or_none([task for tasks in loading.values() for task in tasks])
         for name, own in settings.served.items():
             first, *others_loaded = [task.result() for task in loading[name]]
@@ -138,8 +137,8 @@ class Staffing:
         """Replaces the replicas of a model one after the other."""
         pool, leaving = staffed.pool, _present(staffed.pool)
         for number, old in enumerate(leaving[: own.replicas]):
-            device = old.device if staffed.settings.device == own.device else None
-            loaded = await self._load(name, own, pool, device)
+            stays = not _differ(staffed.settings, own, frozenset({"device", "shard"}))
+            loaded = await self._load(name, own, pool, old.seat if stays else None)
             if loaded.model.name != pool.model.name:
                 # The first model is called what its checkpoint is called: it is another model.
                 opened = await self._open(name, own, loaded)
@@ -152,15 +151,15 @@ class Staffing:
             await self._retire(pool, old)
         return pool
 
-    async def _load(self, name: str, own: Settings, pool: Pool | None, device: str | None = None) -> Loaded:
-        """A warm replica, on a device of its own where none is given."""
-        mine = [] if pool is None else [replica.device for replica in pool.replicas]
+    async def _load(self, name: str, own: Settings, pool: Pool | None, seat: Seat | None = None) -> Loaded:
+        """A warm replica, on devices of its own where none is given."""
+        mine = [] if pool is None else [replica.seat for replica in pool.replicas]
         pools = [*self._fleet.pools, *self._fleet.leaving]
-        others = [replica.device for each in pools if each is not pool for replica in each.replicas]
+        others = [replica.seat for each in pools if each is not pool for replica in each.replicas]
         if pool is not None:
             pool.loading += 1
         try:
-            return await self._loader.load(name, own, device or next_device(own.device, mine, others))
+            return await self._loader.load(name, own, seat or next_seat(own.device, own.shard, mine, others))
         finally:
             if pool is not None:
                 pool.loading -= 1

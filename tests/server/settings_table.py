@@ -39,9 +39,11 @@ _MODELS = f"""
 With `replicas` a model has several engine cores that share its queue: whoever is free takes the next job, and the jobs
 of a core that dies go on in the others. Each has the weights of its own, so on GPUs each takes a card:
 
-- `device = "auto"` or `"cuda"`: every replica of the server takes the first GPU that no other one is on. Two replicas
-  are on `cuda:0` and `cuda:1`. One more than there are GPUs is refused.
-- `device = "cuda:2,cuda:5"`: replicas take these in turn. A GPU named twice, or by two models, is shared.
+- `device = "auto"` or `"cuda"`: every replica of the server takes the first GPU that no other one is on, or with
+  `shard` the first so many in a row: two replicas are on `cuda:0` and `cuda:1`, two of two ranks each on 0, 1 and 2, 3.
+  One more than there are GPUs for is refused.
+- `device = "cuda:2,cuda:5"`: replicas take these in turn, with `shard` as their first GPUs. A GPU that is named twice,
+  or by two models, is shared.
 - `device = "cpu"`: all of them share it; give each its `threads`.
 
 Further models are tables of the TOML file. What a table does not say is as for the first model, but for

@@ -15,6 +15,7 @@ import structlog
 from cinecat.engines.errors import ModelError
 from cinecat.plugins.registry import BUNDLED, StyleRegistry
 from cinecat.server.artifacts import ArtifactStore
+from cinecat.server.cards import Seat
 from cinecat.server.circuit import Circuit
 from cinecat.server.core_gauges import CoreGauges
 from cinecat.server.errors import RequestError
@@ -48,14 +49,14 @@ class ScriptedLoader(Loader):
     loaded: list[tuple[str, str, ScriptedCore]] = field(default_factory=list)
     broken: set[str] = field(default_factory=set)
 
-    async def load(self, name: str, settings: Settings, device: str) -> Loaded:
+    async def load(self, name: str, settings: Settings, seat: Seat) -> Loaded:
         if settings.model in self.broken:
             raise ModelError(f"model: {settings.model} is broken")
         core: Any = ScriptedCore()
         core.gate.clear()
-        self.loaded.append((settings.model, device, core))
+        self.loaded.append((settings.model, seat.device, core))
         info = replace(model_info(), name=name or Path(settings.model).parts[0])
-        replica = Replica(core, CoreGauges(self.metrics), self.activity, device)
+        replica = Replica(core, CoreGauges(self.metrics), self.activity, seat)
         self.fleet.cores.add(core)
         return Loaded(replica, info, describe_model(info, settings))
 
