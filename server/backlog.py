@@ -159,7 +159,7 @@ class Backlog:
             rivals = [each for each in self.replicas if each is not replica and each.idle and each.works]
             queues: defaultdict[tuple[bool, str], list[_Entry]] = defaultdict(list)
             for entry in present:
-                if entry.rendering.replica is None and not _better_off(entry, replica, empty, rivals):
+                if entry.rendering.replica is None and not (rivals and _better_off(entry, replica, empty, rivals)):
                     live = entry.rendering.live
                     queues[is_interactive(live.job), live.tenant].append(entry)
             for queue in queues.values():
