@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
 
 from cinecat.engines.messages import CoreMemory, SlotUse, Stepped, StepShape
+from cinecat.server.core_gauges import CoreGauges
 from cinecat.server.metrics import Metrics
 from cinecat.server.scrapes import ENOUGH_JOBS, ENOUGH_STEPS, History, NotMetrics, Scrape, Window, figures
 from cinecat.v1 import clip_pb2
@@ -130,8 +131,9 @@ def test_a_quantile_lies_in_the_bucket_of_the_observation_that_has_its_rank(
 def test_slots_memory_and_tenants_are_told_as_they_are() -> None:
     server = Server()
     server.metrics.style_slots.set(8)
-    server.metrics.slots(2, SlotUse(hits=3, evictions=1, swap_seconds=(0.1, 0.2)))
-    server.metrics.memory(CoreMemory(1, 2, 3, 4))
+    core = CoreGauges(server.metrics)
+    core.slots(2, SlotUse(hits=3, evictions=1, swap_seconds=(0.1, 0.2)))
+    core.memory(CoreMemory(1, 2, 3, 4))
     before = server.scrape(0.0)
     for tenant, seconds in (("", 1.0), ("studio", 3.0)):
         server.metrics.charged(tenant, clip_pb2.ClipSpec(), seconds)
