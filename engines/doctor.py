@@ -19,9 +19,10 @@ from cinecat.engines.checkpoint import BUNDLED_MODEL, Checkpoint, find_checkpoin
 from cinecat.engines.errors import ModelError
 from cinecat.engines.memory import available_bytes, in_words, total_bytes
 from cinecat.engines.memory_plan import Clip, ModelSizes, ServingMemory, plan_memory
-from cinecat.engines.messages import Offload, StorageDtype
+from cinecat.engines.messages import CoreConfig, Offload, ShardWeights, StorageDtype
 from cinecat.engines.model import find_device, find_dtype
-from cinecat.engines.placement import check_engine
+from cinecat.engines.placement import check_engine, checked
+from cinecat.engines.sharding.choice import layout_of
 from cinecat.engines.variants import find_variant
 
 _DRIVER = Path("/proc/driver/nvidia/version")
@@ -86,6 +87,28 @@ class Asked:
     clip: Clip
     offload: Offload = "none"
     storage_dtype: StorageDtype = "none"
+    shard: str = "none"
+    shard_weights: ShardWeights = "none"
+    engine_sizes: tuple[tuple[int, int, int], ...] = ()
+
+    @property
+    def config(self) -> CoreConfig:
+        """As far as a layout depends on it."""
+        return CoreConfig(
+            model=self.model,
+            device=self.device,
+            dtype=self.dtype,
+            threads=0,
+            style_slots=self.style_slots,
+            max_rank=self.max_rank,
+            cache_bytes=0,
+            engine=self.engine,
+            engine_sizes=self.engine_sizes,
+            offload=self.offload,
+            storage_dtype=self.storage_dtype,
+            shard=self.shard,
+            shard_weights=self.shard_weights,
+        )
 
 
 @dataclass(frozen=True)
@@ -153,6 +176,7 @@ def diagnose(asked: Asked, folders: dict[str, Path]) -> Diagnosis:
         problems.append(str(error))
     try:
         find_variant(asked.model_variant)
+        _check_layout(asked, notes)
         sizes = _sizes(asked.model, notes)
         if device is not None and dtype is not None:
             offload: Offload = "none" if device.type == "cpu" else asked.offload
@@ -213,6 +237,20 @@ def _compare(memory: ServingMemory, left: int | None, device: torch.device, prob
         else "lower width, height or frames of clips, style_slots or max_rank"
     )
     problems.append(f"memory: {memory} is needed, {device} has {in_words(left)} left; {advice}")
+
+
+def _check_layout(asked: Asked, notes: list[str]) -> None:
+    """Raises ModelError where ranks cannot share the work as they should."""
+    local = _local(asked.model)
+    if asked.shard == "none" or local is None:
+        return
+    layout = layout_of(local, asked.config)
+    checked(asked.config, layout.ranks > 1)
+    if layout.ranks > 1:
+        notes.append(
+            f"shard: {layout}, {layout.ranks} ranks; the memory told is that of the first with all weights of its own, "
+            "the others take less: see cinecat plan-capacity"
+        )
 
 
 def _sizes(model: str, notes: list[str]) -> ModelSizes:

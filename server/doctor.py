@@ -12,7 +12,7 @@ import typer
 from cinecat.cli import output as out
 from cinecat.server.cards import next_seat
 from cinecat.server.commands import with_setting_flags
-from cinecat.server.settings import SettingsError, load_settings
+from cinecat.server.settings import SettingsError, clip_size, load_settings
 
 if TYPE_CHECKING:
     from cinecat.engines.doctor import Diagnosis
@@ -73,6 +73,9 @@ def _doctor(
             clip=clip,
             offload=settings.offload,
             storage_dtype=settings.storage_dtype,
+            shard=settings.shard,
+            shard_weights=settings.shard_weights,
+            engine_sizes=tuple(map(clip_size, settings.engine_sizes)),
         ),
         {"data_dir": settings.data_dir, "engine_cache_dir": settings.engine_cache_dir},
     )

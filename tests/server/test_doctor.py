@@ -146,3 +146,13 @@ def test_a_backend_that_cannot_run_says_why(backend: str) -> None:
 def test_an_engine_that_was_chosen_and_cannot_run_is_a_problem() -> None:
     found = findings("--engine", "tensorrt")
     assert found["problems"] == [f"engine: {found['backends']['tensorrt']}"]
+
+
+def test_ranks_that_cannot_share_the_work_are_a_problem() -> None:
+    found = findings("--shard", "ulysses=3", "--device", "cpu")
+    assert found["problems"] == ["shard: ulysses=3 does not divide the model's 4 heads; 1, 2, 4 do"]
+    found = findings("--shard", "ring=2", "--device", "cpu", "--engine", "onnxruntime")
+    assert "shard, engine" in found["problems"][0]
+    found = findings("--shard", "ulysses=2,cfg=2", "--device", "cpu")
+    assert found["serves"]
+    assert "4 ranks" in found["notes"][0]
