@@ -10,6 +10,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
+from cinecat.engines import vae_tiles
 from cinecat.engines.sharding import vae as bands
 from cinecat.engines.stages import ClipDecoder
 from tests.engines.sharding.vae_ranks import CASES, Case, decode_everywhere
@@ -91,13 +92,15 @@ def test_a_frame_too_large_for_a_card_fits_in_bands_over_more() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from Linux's /proc")
-def test_decoding_a_band_keeps_within_what_it_is_counted_to_need(tmp_path: Path) -> None:
+def test_decoding_a_band_keeps_within_the_memory_in_which_it_is_said_to_fit(tmp_path: Path) -> None:
     # Whole frames are so large that convolutions take them one by one, bands are not.
     case = Case((1, 16, 4, 48, 64), ranks=2)
     # A small clip first: what torch loads for it does not count.
     seen = decode(tmp_path, {"small": Case((1, 16, 3, 4, 4), ranks=2), "large": case})["large"]
     assert_equal_to_rounding(case, seen)
-    needed = bands.band_needs(case.vae(), 48 * 8, 64 * 8, 2)
+    vae = case.vae()
+    free = int(bands.band_needs(vae, 48 * 8, 64 * 8, 2) / vae_tiles.SHARE) + 1
+    assert bands.fits_in_bands(vae, 48 * 8, 64 * 8, 2, free)
     kept = sum(chunk.nbytes for chunk in seen[0]["chunks"][0])
-    assert needed / 2 < seen[0]["most"] - kept < needed
-    assert seen[1]["most"] < needed
+    assert free / 3 < seen[0]["most"] - kept < free
+    assert free / 3 < seen[1]["most"] < free
