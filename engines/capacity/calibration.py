@@ -6,7 +6,6 @@ No weights are read: random ones of the same shapes take as long.
 from __future__ import annotations
 
 import itertools
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -36,9 +35,8 @@ from cinecat.engines.vae import Stream, decoder_layers, lay_out
 _WHOLE_BYTES = 2**30
 _LAYERS = 2
 _FRAMES = 17
-_SIDES = (64, 96, 128, 176, 256, 368, 512, 720, 1024, 1456)
-_VAE_SIDES = (64, 96, 128, 192, 256, 384, 512, 768, 1024)
-_LEAST_SIZES = 5
+_SIDES = (64, 80, 96, 128, 160, 192, 256, 320, 384, 512, 640, 768, 1024, 1280, 1536)
+_LEAST_SIZES = 7
 
 Announce = Callable[[str, float], object]
 """Hears what is being done, and the share of all that is done."""
@@ -124,10 +122,10 @@ def measure(
     try:
         with torch.inference_mode():
             step = _StepRunner(sizes, small, device, dtype)
-            steps = _timed(step, _SIDES, device, longest_seconds, rounds, lambda share: announce("steps", share / 2))
+            steps = _timed(step, device, longest_seconds, rounds, lambda share: announce("steps", share / 2))
             decode = _DecodeRunner(sizes, device)
             decodes = _timed(
-                decode, _VAE_SIDES, device, longest_seconds, rounds, lambda share: announce("decoding", 0.5 + share / 2)
+                decode, device, longest_seconds, rounds, lambda share: announce("decoding", 0.5 + share / 2)
             )
     except torch.OutOfMemoryError as error:
         raise ModelError(f"measure: {device} has too little memory for {layers} layers of the model") from error
@@ -218,25 +216,30 @@ def _random_transformer(config: Mapping[str, Any], device: torch.device, dtype: 
 
 def _timed(
     runner: Callable[[int], Callable[[], object]],
-    sides: Sequence[int],
     device: torch.device,
     longest_seconds: float,
     rounds: int,
     announce: Callable[[float], object],
 ) -> dict[int, float]:
-    """Median seconds by side, of as many sides as are run in reasonable time."""
+    """Seconds by side, of as many sides as are run in reasonable time.
+
+    Medians of what a side takes of its round, by the median of the rounds: whatever else the machine does for a while
+    slows all sides of a round.
+    """
     runs: dict[int, Callable[[], object]] = {}
-    for side in sides:
+    for side in _SIDES:
         runs[side] = runner(side)
         _seconds(runs[side], device)
-        if _seconds(runs[side], device) > longest_seconds and len(runs) >= _LEAST_SIZES:
+        if len(runs) >= _LEAST_SIZES and _seconds(runs[side], device) > longest_seconds:
             break
-    samples: dict[int, list[float]] = {side: [] for side in runs}
+    samples = []
     for index in range(rounds):
-        for side, run in runs.items():
-            samples[side].append(_seconds(run, device))
+        samples.append([_seconds(run, device) for run in runs.values()])
         announce((index + 1) / rounds)
-    return {side: statistics.median(values) for side, values in samples.items()}
+    measured = np.asarray(samples)
+    whole = np.exp(np.log(measured).mean(axis=1))
+    shares = np.median(measured / whole[:, None], axis=0)
+    return {side: float(share * np.median(whole)) for side, share in zip(runs, shares, strict=True)}
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:

@@ -26,7 +26,7 @@ WORTH = 1.3
 
 
 @dataclass(frozen=True)
-class Traffic:
+class StepBytes:
     """Bytes of a step, the mean over all steps of the clip: of each kind, those of the rank that sends the most, but of
     `gather` what the leader receives.
 
@@ -62,7 +62,7 @@ class Plan:
     replicas: int
     step: StepSeconds
     clip: ClipSeconds
-    traffic: Traffic
+    traffic: StepBytes
     context_bytes: int
     tokens_per_second: float
     efficiency: float
@@ -157,7 +157,7 @@ class Planner:
             replicas=self._cards // layout.ranks,
             step=_mean_step([(each.count, seconds) for each, seconds in kinds]),
             clip=clip,
-            traffic=Traffic(
+            traffic=StepBytes(
                 all_to_all=mean("all_to_all"),
                 ring=mean("ring"),
                 scatter=mean("scatter"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -16,7 +16,7 @@ from cinecat.engines.capacity.work import clip_work
 from cinecat.engines.doctor import sizes_of
 from cinecat.engines.errors import SettingError
 from cinecat.engines.memory_plan import Clip
-from cinecat.engines.messages import Offload
+from cinecat.engines.messages import Offload, ShardWeights
 from cinecat.engines.model import find_device, find_dtype
 from cinecat.engines.sharding.layout import Layout, check_layout, choose_layout, parse_layout
 
@@ -46,7 +46,7 @@ class Asked:
     cards: int
     card_bytes: int
     shard: str
-    shard_weights: Literal["none", "fsdp"]
+    shard_weights: ShardWeights
     offload: Offload
     style_slots: int
     max_rank: int

@@ -48,8 +48,8 @@ def test_measuring_tells_every_second_size_from_those_it_was_fitted_to(micro: Pa
         rounds=1,
     )
     steps = [sample for sample in found.samples if sample.what == "step"]
-    assert [sample.fitted for sample in steps] == [True, False, True, False, True]
-    assert [sample.tokens for sample in steps] == [80, 180, 320, 605, 1280]
+    assert [sample.fitted for sample in steps] == [True, False, True, False, True, False, True]
+    assert [sample.tokens for sample in steps] == [80, 125, 180, 320, 500, 720, 1280]
     assert all(sample.measured > 0.0 and sample.reckoned > 0.0 for sample in found.samples)
     assert heard == sorted(heard)
     assert heard[-1] == 1.0
