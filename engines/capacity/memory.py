@@ -19,6 +19,9 @@ _ULYSSES_NUMBERS = 21
 normed copy, q, k and v as projected, normed and rotated (9), and these three stacked, cut in parts, received and put in
 order (12)."""
 
+_ROTATION_BYTES = 4
+"""Of each token and channel of a head: float32 cosine and sine of every second."""
+
 _RING_NUMBERS, _RING_BYTES = 14, 12
 """Likewise in a ring: those 9, a block of keys and values and the coming one, and a part's result; and float32 the sum
 so far, the part and the next sum. Behind an all-to-all also the 3 that it gave."""
@@ -35,8 +38,8 @@ class RankMemory:
         context: keys and values; the leader has those of all rows, once by request and once as a batch, beside its own.
         latents: on the leader alone.
         activations: of the largest forward.
-        staging: whole tokens and the other ranks' on the leader: 2 copies of all rows while they compute, 4 when it has
-            their outputs, and the row that they were made of.
+        staging: on the leader, tokens and rotations: of all rows whole and in shares, the outputs in shares and whole,
+            those of a group put together, and the row that all were made of.
         gathering: of the staging, what is there only after the activations are gone.
         visiting: an encoder on the leader while it encodes, where encoders are offloaded.
         vae_work: whole frames on the leader when it encodes, a band of them when all ranks decode.
@@ -161,15 +164,15 @@ class MemoryModel:
                 vae_work=alone.vae_work,
             )
             return ReplicaMemory(leader, None)
-        row = self._tokens * work.model.dim * work.value_bytes
+        row = self._tokens * (work.model.dim * work.value_bytes + work.model.dim // work.heads * _ROTATION_BYTES)
         leader = RankMemory(
             weights=transformer + alone.vae + alone.text_encoder + alone.image_encoder,
             style_banks=alone.style_banks,
             context=2 * alone.context * len(work.steps) + own_context,
             latents=alone.latents,
             activations=follower.activations,
-            staging=(4 * work.rows + 1) * row,
-            gathering=2 * work.rows * row,
+            staging=(4 * work.rows + group + 1) * row,
+            gathering=(2 * work.rows + group) * row,
             visiting=alone.visiting,
             vae_work=max(int(banded), alone.vae_work * VAE_ENCODER_MAPS // VAE_DECODER_MAPS),
         )

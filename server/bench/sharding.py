@@ -9,6 +9,7 @@ CPU share what they have.
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 from collections.abc import Mapping, Sequence
@@ -60,7 +61,7 @@ def bench_sharding(quick: bool, out: Path | None) -> Report:
 
     work = ShardingWork()
     if quick:
-        work = ShardingWork(layouts=("ulysses=2,ring=2", "ring=2,cfg=2"), sizes=((112, 80, 9),), pairs=3)
+        work = ShardingWork(layouts=("ulysses=2", "ring=2,cfg=2"), sizes=((112, 80, 9),), pairs=3)
     config = CoreConfig(
         model=work.model, device="auto", dtype="float32", threads=0, style_slots=2, max_rank=8, cache_bytes=0
     )
@@ -84,9 +85,10 @@ def report_of(found: Sequence[LayoutResult], config: Mapping[str, Any]) -> Repor
     """What was measured, judged by the worst of all layouts, cases and ranks."""
     cases = [case for result in found for case in result.cases]
     differences = [case.difference for case in cases]
+    worst_difference = math.nan if any(map(math.isnan, differences)) else max(differences)
     ratios = [ratio for case in cases for sent in case.exchanged for ratio in sent.ratios]
     # A ratio and its inverse are equally wrong, so both are bounded by 1.
-    worst = max(max(ratio, 1.0 / ratio if ratio else float("inf")) for ratio in ratios)
+    worst = max(max(ratio, 1.0 / ratio if ratio else math.inf) for ratio in ratios)
     samples: dict[str, Sequence[float]] = {}
     for result in found:
         samples[f"{result.layout}_s"] = result.together
@@ -99,9 +101,9 @@ def report_of(found: Sequence[LayoutResult], config: Mapping[str, Any]) -> Repor
         results=[_row(result) for result in found],
         checks={
             "max_abs_difference": Check(
-                max(differences),
+                worst_difference,
                 f"<= {_DIFFERENCE_GOAL:g}",
-                max(differences) <= _DIFFERENCE_GOAL,
+                worst_difference <= _DIFFERENCE_GOAL,
                 (min(differences), max(differences)),
             ),
             "bytes_measured_over_formula": Check(worst, "<= 1", worst <= 1.0, (min(ratios), max(ratios))),
@@ -110,14 +112,13 @@ def report_of(found: Sequence[LayoutResult], config: Mapping[str, Any]) -> Repor
 
 
 def _row(result: LayoutResult) -> dict[str, Any]:
-    largest = [sent for case in result.cases for sent in case.exchanged]
+    exchanged = [sent for case in result.cases for sent in case.exchanged]
     return {
         "shard": str(result.layout),
         "ranks": result.layout.ranks,
         "cases": len(result.cases),
         "max_abs_difference": f"{max(case.difference for case in result.cases):.1e}",
-        "error_to_diffusers": f"{max(case.error for case in result.cases):.1e}",
-        "counts_compared": sum(len(sent.ratios) for sent in largest),
+        "counts_compared": sum(len(sent.ratios) for sent in exchanged),
         "forward_over_one_process": result.ratio,
         "exchanging_share": statistics.median(
             part / whole for part, whole in zip(result.exchanging, result.together, strict=True)
