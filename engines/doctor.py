@@ -177,7 +177,7 @@ def diagnose(asked: Asked, folders: dict[str, Path]) -> Diagnosis:
     try:
         find_variant(asked.model_variant)
         _check_layout(asked, notes)
-        sizes = _sizes(asked.model, notes)
+        sizes = sizes_of(asked.model, notes)
         if device is not None and dtype is not None:
             offload: Offload = "none" if device.type == "cpu" else asked.offload
             memory = plan_memory(
@@ -253,8 +253,12 @@ def _check_layout(asked: Asked, notes: list[str]) -> None:
         )
 
 
-def _sizes(model: str, notes: list[str]) -> ModelSizes:
-    """Raises ModelError for a model that is not complete here, unless its sizes are known."""
+def sizes_of(model: str, notes: list[str]) -> ModelSizes:
+    """Sizes of a model, without downloading it; a note says where they are those that are published.
+
+    Raises:
+        ModelError: it is not complete here, and its sizes are not known.
+    """
     local = _local(model)
     if local is not None:
         return ModelSizes.of(local)

@@ -68,7 +68,7 @@ class ModelSizes:
         text_encoder, image_encoder, vae: numbers.
         transformer: config of diffusers' WanTransformer3DModel.
         image_tokens: of the image encoder.
-        vae_base_dim: channels of the VAE's first level.
+        vae_config: config of diffusers' AutoencoderKLWan.
     """
 
     text_encoder: int
@@ -76,7 +76,12 @@ class ModelSizes:
     vae: int
     transformer: Mapping[str, Any]
     image_tokens: int
-    vae_base_dim: int
+    vae_config: Mapping[str, Any]
+
+    @property
+    def vae_base_dim(self) -> int:
+        """Channels of the VAE's first level."""
+        return int(self.vae_config.get("base_dim", 96))
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> ModelSizes:
@@ -88,7 +93,7 @@ class ModelSizes:
             vae=numbers(folder / "vae"),
             transformer=read_json(folder / "transformer" / "config.json"),
             image_tokens=image_tokens(folder),
-            vae_base_dim=int(read_json(folder / "vae" / "config.json").get("base_dim", 96)),
+            vae_config=read_json(folder / "vae" / "config.json"),
         )
 
     @classmethod
@@ -103,7 +108,7 @@ class ModelSizes:
         text_encoder, image_encoder, vae_size = (
             sum(parameter.numel() for parameter in module.parameters()) for module in (text, image, vae)
         )
-        return cls(text_encoder, image_encoder, vae_size, _14B_TRANSFORMER, 257, 96)
+        return cls(text_encoder, image_encoder, vae_size, _14B_TRANSFORMER, 257, vae.config)
 
 
 @dataclass(frozen=True)

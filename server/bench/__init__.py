@@ -10,6 +10,7 @@ from cinecat.server.bench.model import bench_model
 from cinecat.server.bench.rank import bench_rank
 from cinecat.server.bench.schedule import bench_schedule
 from cinecat.server.bench.serve import bench_serve
+from cinecat.server.bench.sharding import bench_sharding
 from cinecat.server.bench.styles import bench_styles
 from cinecat.server.bench.telemetry import bench_telemetry
 from cinecat.server.bench.tokens import bench_tokens
@@ -24,6 +25,7 @@ BENCHES: Mapping[str, Callable[[bool, Path | None], Report]] = {
     "engines": bench_engines,
     "schedule": bench_schedule,
     "chaos": bench_chaos,
+    "sharding": bench_sharding,
     "watchers": bench_watchers,
     "telemetry": bench_telemetry,
 }

@@ -20,6 +20,7 @@ _SUMMARIES = {
     "doctor": "Tell what this machine has, and whether serve would work.",
     "engines": "Build, list, verify and prune the compiled engines on this machine.",
     "plan": "Draw which patches of an image's clip share a token.",
+    "plan-capacity": "Tell what a clip would take on several cards: time, memory, traffic, and how many pay.",
     "evaluate": "Measure clips beside others of the same names, or let people choose blind.",
     "bench": "Measure Cinecat against its rivals, side by side in one run.",
 }
