@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from cinecat.engines.errors import ModelError
 from cinecat.engines.messages import ModelInfo
 from cinecat.plugins.registry import StyleRegistry
 from cinecat.server.artifacts import ArtifactStore
@@ -79,8 +80,10 @@ class Loader:
             info = replace(info, name=name or info.name)
             model = describe_model(info, settings)
             replica.resident = await warm_up(core, info, model)
-        except BaseException:
+        except BaseException as error:
             await self.unload(replica)
+            if name and isinstance(error, ModelError):
+                raise ModelError(f"models.{name}: {error}") from error
             raise
         replica.state_bytes = info.state_bytes
         gauges.slots(len(replica.resident))
