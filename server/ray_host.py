@@ -7,12 +7,13 @@ import os
 import shutil
 import socket
 import tempfile
+import threading
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from multiprocessing import get_context
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from filelock import FileLock, Timeout
 from cinecat.engines.messages import Answer, Call, CoreConfig, Failure, Notice
 
 _LEAVE_SECONDS = 1.0
+
+_LOG_BYTES = 2**16
 
 _LOCK = "lock"
 
@@ -46,7 +49,7 @@ class CoreHost:
     """Spawns the engine core on this node and passes calls on. Files come and go in pieces, by name; they are in a
     folder of its own that ends with it, or at the latest when the next host starts on the node.
 
-    `ask` and `receive` are for one caller, one at a time; beside them `watch` waits in a thread of its own.
+    `ask` and `receive` are for one caller, one at a time; `watch` and `log` wait beside them in threads of their own.
     """
 
     def __init__(self, body: Callable[..., None], config: CoreConfig) -> None:
@@ -56,11 +59,16 @@ class CoreHost:
         """
         self._folder, self._lock = _new_folder()
         self._frames: SharedMemory | None = None
+        self._waiting = threading.Lock()
         context = get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=body, args=(theirs, config), name="cinecat-core", daemon=True)
+        self._log, stderr = context.Pipe(duplex=False)
+        self._process = context.Process(
+            target=_with_stderr, args=(stderr, body, theirs, config), name="cinecat-core", daemon=True
+        )
         self._process.start()
         theirs.close()
+        stderr.close()
 
     def hosted(self) -> Hosted:
         assert self._process.pid is not None
@@ -85,8 +93,13 @@ class CoreHost:
         wait([self._process.sentinel])
         return self._death()
 
+    def log(self) -> bytes:
+        """What the core wrote to stderr since the last call, at least a byte; empty once it has ended."""
+        return os.read(self._log.fileno(), _LOG_BYTES)
+
     def _death(self) -> Failure:
-        self._process.join(5)
+        with self._waiting:  # of two that wait for one process, the second would not learn its exit code
+            self._process.join(5)
         message = f"the engine core (pid {self._process.pid}) died with exit code {self._process.exitcode}"
         return Failure("died", message, fatal=True)
 
@@ -134,6 +147,11 @@ class CoreHost:
         self._close_frames()
         shutil.rmtree(self._folder, ignore_errors=True)
         self._lock.release()
+
+
+def _with_stderr(stderr: Connection, body: Callable[..., None], *arguments: object) -> None:
+    os.dup2(stderr.fileno(), 2)
+    body(*arguments)
 
 
 def _new_folder() -> tuple[Path, FileLock]:

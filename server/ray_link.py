@@ -9,10 +9,12 @@ import contextlib
 import logging
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NoReturn
@@ -55,29 +57,30 @@ def run_link(connection: Connection, config: CoreConfig, body: Callable[..., Non
     configure_logging(config.log_format, config.log_level)
     die_with_parent()
     front = _Front(connection)
-    try:
-        import ray
-    except ImportError:
+    if find_spec("ray") is None:
         front.say(Failure("model", "executor: ray is not installed; pip install 'cinecat[ray]'"))
         return
     try:
-        _connect(placement.address, config)
-        link = _Link(front, config, body, placement)
-        if link.load():
-            threading.Thread(target=link.watch, name="core-watch", daemon=True).start()
-            front.serve(link.answer)
-        link.close()
-        ray.shutdown()
+        # Ray prints what all nodes have to say of themselves, at length; the core's log comes by `_Link.tell`.
+        with Path(os.devnull).open("w") as nowhere:
+            sys.stdout = sys.stderr = nowhere
+            _connect(placement.address)
+            link = _Link(front, config, body, placement)
+            threading.Thread(target=link.tell, name="core-log", daemon=True).start()
+            if link.load():
+                threading.Thread(target=link.watch, name="core-watch", daemon=True).start()
+                front.serve(link.answer)
+            link.close()
+            os._exit(0)  # Ray's own way out takes seconds
     except Exception as error:
         front.leave(in_words(error))
 
 
-def _connect(address: str, config: CoreConfig) -> None:
+def _connect(address: str) -> None:
     import ray
 
     try:
-        # In JSON, lines of other processes would not be JSON any more: Ray puts a prefix before them.
-        ray.init(address=address, log_to_driver=config.log_format == "console", configure_logging=False)
+        ray.init(address=address, log_to_driver=False, configure_logging=False)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise _Gone(f"ray_address: there is no Ray cluster at {address}: {in_words(error)}") from error
 
@@ -144,13 +147,13 @@ class _Link:
             front.announce(WaitsForRoom(", ".join(f"{count:g} {kind}" for kind, count in needs.items())))
             while not self._group.wait(60):
                 pass
-        # A thread each for a call, for `watch`, and for `close` beside a call that hangs.
+        # A thread each for `watch`, `tell`, a call, and `close` beside a call that hangs.
         self._host = (
             ray.remote(CoreHost)
             .options(
                 num_cpus=placement.cpus,
                 num_gpus=gpus,
-                max_concurrency=3,
+                max_concurrency=4,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=0),
             )
             .remote(body, config)
@@ -179,6 +182,12 @@ class _Link:
             reason = in_words(error)
         if not self._closing:
             self._front.leave(reason)
+
+    def tell(self) -> None:
+        """Writes the core's log to this machine's, as it comes."""
+        with contextlib.suppress(Exception):  # `watch` has more to say of it
+            while said := self._do("log"):
+                os.write(2, said)
 
     def close(self) -> None:
         """Leaves nothing in the cluster. Where that takes too long, Ray does the rest when this process is gone."""
@@ -209,4 +218,9 @@ class _Link:
         try:
             return ray.get(getattr(self._host, method).remote(*arguments))
         except ray.exceptions.RayActorError as error:
-            raise _Gone(f"the engine core's node {self._hosted.node} is gone: {in_words(error)}") from error
+            raise _Gone(f"the engine core's host on node {self._hosted.node} is gone: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """Of an actor's death: Ray tells it last, at length."""
+    return f"{error}".strip().splitlines()[-1].strip().partition(". ")[0]

@@ -7,7 +7,7 @@ import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +63,22 @@ SHOT = Shot(
 )
 
 
+@dataclass(frozen=True)
+class Tiny:
+    """A core with wan-tiny, and the loop that it was started in, for several tests."""
+
+    core: CoreProcess
+    info: ModelInfo
+    loop: asyncio.Runner
+
+
+@contextlib.contextmanager
+def running(core: CoreProcess) -> Iterator[Tiny]:
+    with asyncio.Runner() as loop:
+        yield Tiny(core, loop.run(core.start()), loop)
+        loop.run(core.stop())
+
+
 def local_core(config: CoreConfig) -> CoreProcess:
     return CoreProcess(config, Metrics(CollectorRegistry()))
 
@@ -72,9 +88,24 @@ def new_core(request: pytest.FixtureRequest) -> Iterator[NewCore]:
     if request.param == "local":
         yield local_core
         return
-    with ray_cluster(1) as cluster:
+    with ray_cluster(2) as cluster:
         placement = Placement(cluster.address, cpus=1, gpus=0)
         yield lambda config: RayCore(config, Metrics(CollectorRegistry()), placement)
+
+
+@pytest.fixture(scope="module")
+def local_tiny() -> Iterator[Tiny]:
+    with running(local_core(TINY)) as tiny:
+        yield tiny
+
+
+@pytest.fixture(scope="module")
+def tiny(new_core: NewCore, request: pytest.FixtureRequest) -> Iterator[Tiny]:
+    if new_core is local_core:
+        yield request.getfixturevalue("local_tiny")
+        return
+    with running(new_core(TINY)) as tiny:
+        yield tiny
 
 
 @pytest.fixture
@@ -112,106 +143,97 @@ async def decoded(core: CoreProcess) -> NDArray[np.uint8]:
     return np.concatenate(chunks)
 
 
-async def rendered(core: CoreProcess, folder: Path, *, killed: bool) -> NDArray[np.uint8]:
-    """A styled clip; where asked, the core is killed after its checkpoint and another goes on from it."""
-    info = await core.start()
-    try:
-        style = style_file(folder / "dusk.safetensors", info, seed=1)
-        shot = replace(SHOT, styles=(style,))
-        warmed = await core.call(Warm(style), Warmed)
-        assert [slot.fingerprints for slot in warmed.resident] == [(style.fingerprint,)]
-        checkpoint = folder / "a.safetensors"
-        conditioned = await core.call(Condition(shot, str(checkpoint)), Conditioned)
-        assert conditioned.step_tokens == ()
-        await steps(core, 1, 2)
-        if killed:
-            saved = await core.call(Save("a", str(checkpoint)), Saved)
-            assert saved.size_bytes == checkpoint.stat().st_size
-            assert sorted(path.name for path in folder.iterdir()) == ["a.safetensors", "dusk.safetensors"]
-            await steps(core, 3, 3)
-            died = core.died
-            core.kill()
-            await asyncio.wait_for(died.wait(), 30)
-            with pytest.raises(CoreDied):
-                await core.call(Step(("a",)), Stepped)
-            await core.restart()
-            conditioned = await core.call(Condition(shot, str(checkpoint)), Conditioned)
-            assert len(conditioned.step_tokens) == 2
-            assert not any("checkpoint" in note for note in conditioned.notes)
-        await steps(core, 3, 4)
-        frames = await decoded(core)
-        await core.call(Release("a"), Released)
-        with pytest.raises(EngineError, match="not in the engine core"):
-            await core.call(Step(("a",)), Stepped)
-        return frames
-    finally:
-        await core.stop()
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> NDArray[np.uint8]:
-    return asyncio.run(rendered(local_core(TINY), tmp_path_factory.mktemp("uninterrupted"), killed=False))
+async def rendered(core: CoreProcess, shot: Shot) -> NDArray[np.uint8]:
+    await core.call(Condition(shot), Conditioned)
+    await steps(core, 1, SHOT.steps)
+    frames = await decoded(core)
+    await core.call(Release("a"), Released)
+    return frames
 
 
 def test_a_clip_that_outlives_its_core_is_equal_to_the_bit_to_one_rendered_here(
-    new_core: NewCore, uninterrupted: NDArray[np.uint8], tmp_path: Path
+    tiny: Tiny, local_tiny: Tiny, tmp_path: Path
 ) -> None:
-    frames = asyncio.run(rendered(new_core(TINY), tmp_path, killed=True))
-    np.testing.assert_array_equal(frames, uninterrupted)
+    style = style_file(tmp_path / "dusk.safetensors", tiny.info, seed=1)
+    shot = replace(SHOT, styles=(style,))
+    uninterrupted = local_tiny.loop.run(rendered(local_tiny.core, shot))
+    checkpoint = tmp_path / "a.safetensors"
+    core = tiny.core
+
+    async def scenario() -> NDArray[np.uint8]:
+        warmed = await core.call(Warm(style), Warmed)
+        assert [slot.fingerprints for slot in warmed.resident] == [(style.fingerprint,)]
+        conditioned = await core.call(Condition(shot, str(checkpoint)), Conditioned)
+        assert conditioned.step_tokens == ()
+        await steps(core, 1, 2)
+        saved = await core.call(Save("a", str(checkpoint)), Saved)
+        assert saved.size_bytes == checkpoint.stat().st_size
+        await steps(core, 3, 3)
+        died = core.died
+        core.kill()
+        await asyncio.wait_for(died.wait(), 30)
+        with pytest.raises(CoreDied):
+            await core.call(Step(("a",)), Stepped)
+        await core.restart()
+        conditioned = await core.call(Condition(shot, str(checkpoint)), Conditioned)
+        assert len(conditioned.step_tokens) == 2
+        assert not any("checkpoint" in note for note in conditioned.notes)
+        await steps(core, 3, 4)
+        frames = await decoded(core)
+        await core.call(Release("a"), Released)
+        return frames
+
+    np.testing.assert_array_equal(tiny.loop.run(scenario()), uninterrupted)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "dusk.safetensors"]
 
 
-def test_a_style_that_finds_no_slot_is_told_from_one_that_cannot_be_read(new_core: NewCore, tmp_path: Path) -> None:
+def test_a_style_that_finds_no_slot_is_told_from_one_that_cannot_be_read(tiny: Tiny, tmp_path: Path) -> None:
+    first, second = (style_file(tmp_path / f"{seed}.safetensors", tiny.info, seed) for seed in (2, 3))
+    missing = StyleUse(str(tmp_path / "missing.safetensors"), "0" * 64, 1.0)
+    core = tiny.core
+
     async def scenario() -> None:
-        core = new_core(TINY)
-        info = await core.start()
-        try:
-            first, second = (style_file(tmp_path / f"{seed}.safetensors", info, seed) for seed in (1, 2))
-            await core.call(Condition(replace(SHOT, styles=(first,))), Conditioned)
-            with pytest.raises(NoFreeSlot):
-                await core.call(Condition(replace(SHOT, job_id="b", styles=(second,))), Conditioned)
-            await core.call(Release("a"), Released)
+        await core.call(Condition(replace(SHOT, styles=(first,))), Conditioned)
+        with pytest.raises(NoFreeSlot):
             await core.call(Condition(replace(SHOT, job_id="b", styles=(second,))), Conditioned)
-            missing = StyleUse(str(tmp_path / "missing.safetensors"), "0" * 64, 1.0)
-            with pytest.raises(EngineError, match=r"missing\.safetensors") as caught:
-                await core.call(Warm(missing), Warmed)
-            assert type(caught.value) is EngineError
-        finally:
-            await core.stop()
+        await core.call(Release("a"), Released)
+        await core.call(Condition(replace(SHOT, job_id="b", styles=(second,))), Conditioned)
+        await core.call(Release("b"), Released)
+        with pytest.raises(EngineError, match=r"missing\.safetensors") as caught:
+            await core.call(Warm(missing), Warmed)
+        assert type(caught.value) is EngineError
 
-    asyncio.run(scenario())
+    tiny.loop.run(scenario())
 
 
-def test_a_checkpoint_that_cannot_be_written_leaves_the_one_that_was(new_core: NewCore, tmp_path: Path) -> None:
+def test_files_that_cannot_be_written_cost_no_step(tiny: Tiny, tmp_path: Path) -> None:
+    core, nowhere = tiny.core, tmp_path / "nowhere"
+
     async def scenario() -> None:
-        core = new_core(TINY)
-        await core.start()
-        try:
-            await core.call(Condition(SHOT), Conditioned)
+        await core.call(Condition(SHOT), Conditioned)
+        await core.call(Step(("a",), profile=str(nowhere / "step-1.json.gz")), Stepped)
+        with pytest.raises(EngineError, match="nowhere") as caught:
+            await core.call(Save("a", str(nowhere / "a.safetensors")), Saved)
+        assert type(caught.value) is EngineError
+        await steps(core, 2, 2)
+        await core.call(Release("a"), Released)
+        with pytest.raises(EngineError, match="not in the engine core"):
             await core.call(Step(("a",)), Stepped)
-            with pytest.raises(EngineError, match="nowhere") as caught:
-                await core.call(Save("a", str(tmp_path / "nowhere" / "a.safetensors")), Saved)
-            assert type(caught.value) is EngineError
-            await core.call(Step(("a",)), Stepped)
-        finally:
-            await core.stop()
 
-    asyncio.run(scenario())
+    tiny.loop.run(scenario())
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_a_step_is_recorded_where_the_front_wants_it(new_core: NewCore, tmp_path: Path) -> None:
+def test_a_step_is_recorded_where_the_front_wants_it(tiny: Tiny, tmp_path: Path) -> None:
     async def scenario() -> None:
-        core = new_core(TINY)
-        await core.start()
-        try:
-            await core.call(Condition(SHOT), Conditioned)
-            await core.call(Step(("a",), profile=str(tmp_path / "step-1.json.gz")), Stepped)
-            await core.call(Step(("a",), profile=str(tmp_path / "nowhere" / "step-2.json.gz")), Stepped)
-        finally:
-            await core.stop()
+        await tiny.core.call(Condition(SHOT), Conditioned)
+        await tiny.core.call(Step(("a",), profile=str(tmp_path / "step-1.json.gz")), Stepped)
+        await tiny.core.call(Release("a"), Released)
 
-    asyncio.run(scenario())
-    assert [path.name for path in tmp_path.iterdir()] == ["step-1.json.gz"]
-    assert (tmp_path / "step-1.json.gz").read_bytes()[:2] == b"\x1f\x8b"
+    tiny.loop.run(scenario())
+    (recorded,) = tmp_path.iterdir()
+    assert recorded.name == "step-1.json.gz"
+    assert recorded.read_bytes()[:2] == b"\x1f\x8b"
 
 
 @pytest.mark.usefixtures("stub")
