@@ -9,8 +9,8 @@ from typing import Any
 from cinecat.engines.backends.store_folder import default_engine_folder
 from cinecat.engines.messages import CoreConfig, ModelInfo
 from cinecat.server import core_process
+from cinecat.server.core_gauges import CoreGauges
 from cinecat.server.core_process import CoreProcess
-from cinecat.server.metrics import Metrics
 from cinecat.server.ray_link import Placement, run_link
 
 
@@ -22,14 +22,14 @@ class RayCore(CoreProcess):
     nothing of Ray, which ends its drivers when a cluster's head is gone, is in the front's own process.
     """
 
-    def __init__(self, config: CoreConfig, metrics: Metrics, placement: Placement) -> None:
+    def __init__(self, config: CoreConfig, gauges: CoreGauges, placement: Placement) -> None:
         """
         Args:
             config: its model and model_variant are paths on the node, or a hub id.
         """
         if config.engine_cache_dir == str(default_engine_folder()):
             config = replace(config, engine_cache_dir="")  # the default of the node, not this machine's
-        super().__init__(config, metrics)
+        super().__init__(config, gauges)
         self._placement = placement
 
     async def start(self) -> ModelInfo:

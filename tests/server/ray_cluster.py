@@ -19,7 +19,8 @@ def ray_cluster(*cpus: int) -> Iterator[Any]:
     pytest.importorskip("ray", reason="Ray is not installed: pip install 'cinecat[ray]'")
     from ray.cluster_utils import Cluster
 
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Nothing is told to anybody, and no process is ended because others on the machine take memory.
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_memory_monitor_refresh_ms": "0"}
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **_SMALL})
     try:
         for count in cpus:
@@ -31,3 +32,9 @@ def ray_cluster(*cpus: int) -> Iterator[Any]:
 
 def add_node(cluster: Any, cpus: int) -> Any:
     return cluster.add_node(num_cpus=cpus, object_store_memory=_SMALL["object_store_memory"])
+
+
+def raylet_pid(node: Any) -> int:
+    """Of the process that a node is."""
+    (raylet,) = node.all_processes["raylet"]
+    return int(raylet.process.pid)

@@ -37,6 +37,7 @@ from cinecat.engines.messages import (
     Warmed,
 )
 from cinecat.server import core_process
+from cinecat.server.core_gauges import CoreGauges
 from cinecat.server.core_process import CoreProcess, FrameBuffer
 from cinecat.server.metrics import Metrics
 from cinecat.server.ray_core import RayCore
@@ -80,7 +81,7 @@ def running(core: CoreProcess) -> Iterator[Tiny]:
 
 
 def local_core(config: CoreConfig) -> CoreProcess:
-    return CoreProcess(config, Metrics(CollectorRegistry()))
+    return CoreProcess(config, CoreGauges(Metrics(CollectorRegistry())))
 
 
 @pytest.fixture(scope="module", params=["local", pytest.param("ray", marks=pytest.mark.slow)])
@@ -90,7 +91,7 @@ def new_core(request: pytest.FixtureRequest) -> Iterator[NewCore]:
         return
     with ray_cluster(2) as cluster:
         placement = Placement(cluster.address, cpus=1, gpus=0)
-        yield lambda config: RayCore(config, Metrics(CollectorRegistry()), placement)
+        yield lambda config: RayCore(config, CoreGauges(Metrics(CollectorRegistry())), placement)
 
 
 @pytest.fixture(scope="module")
