@@ -19,7 +19,7 @@ from cinecat import Client, Finished, JobState
 from cinecat.server.local_server import LocalServer
 from tests.server.ray_cluster import add_node, ray_cluster, raylet_pid
 
-JOBS = 20
+JOBS = 24
 STYLES = (None, "noir", "amber", ["noir:0.4", "amber:0.6"])
 
 
@@ -29,8 +29,13 @@ def metric(server: LocalServer, line: str) -> float:
     return next(float(found.rpartition(" ")[2]) for found in lines if found.startswith(line))
 
 
-def ready(server: LocalServer) -> float:
-    return metric(server, 'cinecat_replicas{model="wan-tiny",state="ready"}')
+def replicas(server: LocalServer, state: str) -> float:
+    return metric(server, f'cinecat_replicas{{model="wan-tiny",state="{state}"}}')
+
+
+def waits_for_room(server: LocalServer) -> int:
+    """How often one was said to."""
+    return server.log.read_text().count("no node has room for a replica")
 
 
 def eventually(holds: Callable[[], bool], seconds: float = 120) -> None:
@@ -81,14 +86,15 @@ def running(client: Client) -> int:
 
 
 @pytest.mark.slow
-def test_jobs_outlive_a_core_and_a_node_and_a_node_that_joins_takes_work(
+def test_jobs_outlive_a_core_and_a_node_and_nodes_that_join_take_work(
     start_server: Any, tmp_path: Path, frame_png: bytes
 ) -> None:
     with ray_cluster(1, 1) as cluster:
-        options = ("--executor", "ray", "--ray-address", cluster.address, "--replicas", "2", "--device", "cpu")
+        options = ("--executor", "ray", "--ray-address", cluster.address, "--replicas", "3", "--device", "cpu")
         options += ("--max-batch", "1", "--checkpoint-steps", "4", "--engine", "torch")
         with start_server(tmp_path, *options) as server, Client(server.address) as client:
-            assert ready(server) == 2
+            eventually(lambda: replicas(server, "ready") == 2)
+            eventually(lambda: waits_for_room(server) == 1)
             first, second = placed(server)
             assert node_of(cluster, first) is not node_of(cluster, second)
 
@@ -96,23 +102,20 @@ def test_jobs_outlive_a_core_and_a_node_and_a_node_that_joins_takes_work(
             eventually(lambda: running(client) == 2)
             os.kill(first, signal.SIGKILL)
             eventually(lambda: metric(server, "cinecat_core_restarts_total") == 1)
-            eventually(lambda: ready(server) == 2)
-            assert len(placed(server)) == 3
-
+            eventually(lambda: replicas(server, "ready") == 2)
             eventually(lambda: running(client) == 2)
+
             cluster.remove_node(node_of(cluster, second), allow_graceful=False)
-            eventually(lambda: "no node has room for a replica" in server.log.read_text())
-            assert ready(server) == 1
+            eventually(lambda: waits_for_room(server) == 2)
             assert metric(server, "cinecat_ready") == 1
 
-            node = add_node(cluster, 1)
-            eventually(lambda: ready(server) == 2)
-            assert node_of(cluster, placed(server)[-1]) is node
-            more = [submit(client, frame_png, number) for number in range(4)]
-            eventually(lambda: running(client) == 2)
+            joined = [add_node(cluster, 1), add_node(cluster, 1)]
+            eventually(lambda: replicas(server, "ready") == 3)
+            assert {id(node_of(cluster, core)) for core in placed(server)[-2:]} == {id(node) for node in joined}
+            eventually(lambda: running(client) == 3)
 
-            clips = [load(finished(client, job_id))["frames"] for job_id in jobs + more]
-            assert server.log.read_text().count("no node has room for a replica") == 1
+            clips = [load(finished(client, job_id))["frames"] for job_id in jobs]
+            assert waits_for_room(server) == 2
             # The same request gives the same clip, whoever rendered it and whatever died meanwhile.
             for number, clip in enumerate(clips):
                 np.testing.assert_array_equal(clip, clips[number % 4])

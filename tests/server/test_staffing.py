@@ -43,15 +43,18 @@ class ScriptedLoader(Loader):
     """Loads scripted cores; a checkpoint is called what its folder is called.
 
     Attributes:
+        room: for so many more; then a load waits.
         loaded: path of the model, device and core of each, in the order of loading.
     """
 
     loaded: list[tuple[str, str, ScriptedCore]] = field(default_factory=list)
     broken: set[str] = field(default_factory=set)
+    room: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(100))
 
     async def load(self, name: str, settings: Settings, seat: Seat) -> Loaded:
         if settings.model in self.broken:
             raise ModelError(f"model: {settings.model} is broken")
+        await self.room.acquire()
         core: Any = ScriptedCore()
         core.gate.clear()
         self.loaded.append((settings.model, seat.device, core))
@@ -269,3 +272,50 @@ def test_two_models_of_one_name_are_refused(tmp_path: Path) -> None:
 
     with pytest.raises(SettingsError, match="models: wan-tiny is what the first model is called"):
         with_house(tmp_path, scenario, models={"wan-tiny": {"model": "wan-tiny"}})
+
+
+def test_replicas_that_wait_for_room_hold_up_nobody_and_join_when_they_have_it(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with house(tmp_path) as h:
+            object.__setattr__(h.loader, "room", asyncio.Semaphore(1))
+            await h.staffing.start(Settings(executor="ray", replicas=3))
+            await until(lambda: h.replicas("wan-tiny", "loading") == 2)
+            job = await h.enqueue("a")
+            h.release()
+            await ended(job)
+            assert job.job.state == SUCCEEDED
+
+            h.loader.room.release()
+            await until(lambda: h.replicas("wan-tiny") == 2)
+            assert h.replicas("wan-tiny", "loading") == 1
+            # One that waits is wanted no more, and no other leaves for it.
+            await h.staffing.reconcile(Settings(executor="ray", replicas=2))
+            await until(lambda: h.replicas("wan-tiny", "loading") == 0)
+            h.loader.room.release()
+            await h.staffing.reconcile(Settings(executor="ray", replicas=3))
+            await until(lambda: h.replicas("wan-tiny") == 3)
+            await h.staffing.reconcile(Settings(executor="ray", replicas=4))
+            await until(lambda: h.replicas("wan-tiny", "loading") == 1)
+
+    asyncio.run(scenario())
+
+
+def test_a_replica_that_does_not_start_on_a_cluster_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cinecat.server.patience._PAUSES_S", (0.0, 0.0))
+
+    async def scenario() -> None:
+        async with house(tmp_path) as h:
+            await h.staffing.start(Settings(executor="ray"))
+            h.loader.broken.add("wan-tiny")
+            await h.staffing.reconcile(Settings(executor="ray", replicas=2))
+            await asyncio.sleep(0.05)
+            h.loader.broken.clear()
+            await until(lambda: h.replicas("wan-tiny") == 2)
+
+    with structlog.testing.capture_logs() as logs:
+        asyncio.run(scenario())
+    assert {entry["error"] for entry in logs if entry["event"] == "replica does not start"} == {
+        "model: wan-tiny is broken"
+    }
