@@ -191,7 +191,7 @@ def test_the_servers_pod_holds_rays_objects_beside_its_frames() -> None:
         mount["mountPath"]: mount["name"] for mount in CONTAINER["volumeMounts"] + spec["containers"][0]["volumeMounts"]
     }
     assert shared.items() <= own.items()
-    assert set(shared) == {"/tmp/ray", "/dev/shm"}
+    assert set(shared) == {"/tmp", "/dev/shm"}
     assert spec["shareProcessNamespace"] is True
 
 
