@@ -8,7 +8,6 @@ from typing import Any
 
 from cinecat.engines.backends.store_folder import default_engine_folder
 from cinecat.engines.messages import CoreConfig, ModelInfo
-from cinecat.server import core_process
 from cinecat.server.core_gauges import CoreGauges
 from cinecat.server.core_process import CoreProcess
 from cinecat.server.ray_link import Placement, run_link
@@ -41,4 +40,5 @@ class RayCore(CoreProcess):
         return model
 
     def _body(self) -> tuple[Callable[..., None], tuple[Any, ...]]:
-        return run_link, (self._config, core_process.run_core, self._placement)
+        core, (config,) = super()._body()
+        return run_link, (config, core, self._placement)

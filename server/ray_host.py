@@ -131,6 +131,7 @@ class CoreHost:
 
     def read_frames(self, offset: int, size: int) -> bytes:
         assert self._frames is not None
+        assert self._frames.buf is not None
         return bytes(self._frames.buf[offset : offset + size])
 
     def _close_frames(self) -> None:

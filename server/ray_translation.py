@@ -121,6 +121,7 @@ class Translation:
 
     def _decoded(self, call: Decode, buffer: str, started: float) -> Answer | Notice:
         memory = SharedMemory(buffer)
+        assert memory.buf is not None
         try:
             said = self._ask(replace(call, buffer=self._host("frame_buffer", memory.size)))
             if isinstance(said, Decoded):
