@@ -35,9 +35,9 @@ RUN pip install --constraint constraints.txt torch
 
 # TensorRT's libraries are fetched from NVIDIA's own package index while pip builds their wheel.
 COPY . .
-RUN pip install --constraint constraints.txt '.[tensorrt,postgres,otel]'
+RUN pip install --constraint constraints.txt '.[tensorrt,postgres,otel,ray]'
 
-# Data: the job database, inputs, clips and styles. Cache: checkpoints, which can be fetched again.
+# Data: the job database, inputs, clips and styles. Cache: checkpoints and engines, which can be fetched or built again.
 RUN useradd --system --uid 10001 --user-group --home-dir /var/lib/cinecat --shell /usr/sbin/nologin cinecat \
     && mkdir -p /var/lib/cinecat/styles /var/cache/cinecat \
     && chown -R cinecat:cinecat /var/lib/cinecat /var/cache/cinecat
@@ -46,7 +46,7 @@ ENV CINECAT_ADDRESS=0.0.0.0:50051 \
     CINECAT_METRICS_PORT=9464 \
     CINECAT_DATA_DIR=/var/lib/cinecat \
     CINECAT_STYLES_DIRS=/var/lib/cinecat/styles \
-    CINECAT_MODEL_CACHE=/var/cache/cinecat \
+    CINECAT_ENGINE_CACHE_DIR=/var/cache/cinecat/engines \
     HF_HOME=/var/cache/cinecat/huggingface
 VOLUME ["/var/lib/cinecat", "/var/cache/cinecat"]
 

@@ -14,6 +14,9 @@ from cinecat.engines.errors import ModelError
 BUNDLED_MODEL = "wan-tiny"
 _BUNDLED_FOLDER = Path(__file__).parent / "models" / BUNDLED_MODEL
 
+_READ_BYTES = 32 * 2**20
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _WEIGHT_STEMS = ("diffusion_pytorch_model", "model")
 _WEIGHTED = ("text_encoder", "image_encoder", "transformer", "vae")
@@ -158,12 +161,23 @@ def _family(folder: Path, transformer: dict[str, Any]) -> str:
 
 
 def _fingerprint(folder: Path) -> str:
-    """Hashes configs whole, weights by name, size and time: a 14B checkpoint is too long to read for a name."""
     digest = hashlib.sha256()
     for path in sorted(folder.glob("**/*")):
         if path.suffix == ".json":
             digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
         elif path.suffix == ".safetensors":
-            stat = path.stat()
-            digest.update(f"{path.relative_to(folder).as_posix()} {stat.st_size} {stat.st_mtime_ns}".encode())
+            digest.update(f"{path.relative_to(folder).as_posix()} {_content(path)}".encode())
     return digest.hexdigest()[:16]
+
+
+def _content(weights: Path) -> str:
+    """What a file of weights holds, the same on all machines where that can be told. 14B are too long to read for a
+    name; in the hub's cache, they are links to files that are called by the hash of their content. Others are known by
+    size and time.
+    """
+    if weights.is_symlink() and _SHA256.fullmatch(target := weights.readlink().name):
+        return target
+    stat = weights.stat()
+    if stat.st_size <= _READ_BYTES:
+        return hashlib.sha256(weights.read_bytes()).hexdigest()
+    return f"{stat.st_size} {stat.st_mtime_ns}"

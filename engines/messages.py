@@ -315,7 +315,31 @@ class EngineNews:
     building: bool
 
 
-Notice: TypeAlias = SlotMemory | VariantFused | EngineNews | EngineCacheEvent
+@dataclass(frozen=True)
+class WaitsForRoom:
+    """Comes before Ready, from an executor that places cores on machines: none has room for one.
+
+    Attributes:
+        needs: what it takes, in words.
+    """
+
+    needs: str
+
+
+@dataclass(frozen=True)
+class CorePlaced:
+    """Comes before Ready, from such an executor: where the core is.
+
+    Attributes:
+        node: the machine's address.
+        pid: of the core there.
+    """
+
+    node: str
+    pid: int
+
+
+Notice: TypeAlias = SlotMemory | VariantFused | EngineNews | EngineCacheEvent | WaitsForRoom | CorePlaced
 
 
 @dataclass(frozen=True)
@@ -482,9 +506,13 @@ class Warmed:
 
 @dataclass(frozen=True)
 class Failure:
-    """Answer to a call that failed. After a fatal one the core ends itself: its device is not to be trusted."""
+    """Answer to a call that failed. After a fatal one the core ends itself: its device is not to be trusted.
 
-    kind: Literal["model", "memory", "slots", "request", "internal"]
+    Attributes:
+        kind: "died" is said on behalf of a core that can say nothing any more; it is fatal.
+    """
+
+    kind: Literal["model", "memory", "slots", "request", "internal", "died"]
     message: str
     fatal: bool = False
 

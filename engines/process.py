@@ -57,7 +57,7 @@ def run_core(connection: Connection, config: CoreConfig) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     configure_logging(config.log_format, config.log_level)
-    _die_with_parent()
+    die_with_parent()
     # transformers warns that there is no torchvision, which nothing here uses.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     pipe = _Pipe(connection)
@@ -134,7 +134,8 @@ def _jobs_of(call: Call) -> dict[str, str | tuple[str, ...]]:
             return {}
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
+    """Ends this process, from now on, as soon as its parent is gone."""
     parent = multiprocessing.parent_process()
     if parent is None:
         return

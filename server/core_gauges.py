@@ -7,12 +7,14 @@ from prometheus_client import Gauge
 
 from cinecat.engines.messages import (
     CoreMemory,
+    CorePlaced,
     EngineCacheEvent,
     EngineNews,
     Notice,
     SlotMemory,
     SlotUse,
     VariantFused,
+    WaitsForRoom,
 )
 from cinecat.server.metrics import MEMORY_KINDS, Metrics
 
@@ -53,6 +55,10 @@ class CoreGauges:
                 log.info(
                     "model variant", file=notice.name, parameters=notice.parameters, ignored_tensors=notice.ignored
                 )
+            case WaitsForRoom():
+                log.warning("no node has room for a replica; it waits until one has", needs=notice.needs)
+            case CorePlaced():
+                log.info("engine core placed", node=notice.node, node_pid=notice.pid)
 
     def loading(self) -> None:
         """A core begins to load; it says so where it builds an engine."""

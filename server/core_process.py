@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import multiprocessing
 import shutil
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -46,6 +47,7 @@ _FAILURES = {
     "slots": NoFreeSlot,
     "request": EngineError,
     "internal": EngineFault,
+    "died": CoreDied,
 }
 
 
@@ -164,11 +166,16 @@ class CoreProcess:
     def _spawn(self) -> BaseProcess:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(target=run_core, args=(theirs, self._config), name="cinecat-core", daemon=True)
+        body, arguments = self._body()
+        process = context.Process(target=body, args=(theirs, *arguments), name="cinecat-core", daemon=True)
         process.start()
         theirs.close()
         self._process, self._connection = process, ours
         return process
+
+    def _body(self) -> tuple[Callable[..., None], tuple[Any, ...]]:
+        """What the process runs, and on what besides its end of the pipe."""
+        return run_core, (self._config,)
 
     def _roundtrip(self, call: Call) -> Answer | Notice:
         try:

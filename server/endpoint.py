@@ -19,6 +19,9 @@ SERVICES = tuple(
     for file, name in ((generation_pb2, "Generation"), (styles_pb2, "Styles"), (models_pb2, "Models"))
 )
 
+FRONT = "cinecat.front"
+"""What a health check names to ask for the front alone: it is alive also while no engine core is."""
+
 # Room in a message beside the image.
 _MESSAGE_MARGIN_BYTES = 1 << 20
 
@@ -57,10 +60,11 @@ def grpc_server(settings: Settings, metrics: Metrics) -> tuple[grpc.aio.Server, 
 
 
 async def set_health(servicer: Any, serving: bool) -> None:
-    """Says of the server and of each of its services whether it serves."""
+    """Says of the server and of each of its services whether it serves, and of the front that it is alive."""
     status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
     for service in ("", *SERVICES):
         await servicer.set(service, status)
+    await servicer.set(FRONT, health_pb2.HealthCheckResponse.SERVING)
 
 
 def bind(server: grpc.aio.Server, address: str) -> int:

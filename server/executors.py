@@ -7,19 +7,33 @@ from cinecat.server.cards import Seat
 from cinecat.server.core import Core
 from cinecat.server.core_gauges import CoreGauges
 from cinecat.server.core_process import CoreProcess
+from cinecat.server.ray_core import RayCore
+from cinecat.server.ray_link import Placement
 from cinecat.server.settings import Settings, clip_size
 
 
-def new_core(config: CoreConfig, gauges: CoreGauges) -> Core:
-    """A core that is not started yet: a process on this machine."""
-    return CoreProcess(config, gauges)
+def new_core(settings: Settings, seat: Seat, gauges: CoreGauges) -> Core:
+    """A core that is not started yet.
+
+    Args:
+        settings: the model's.
+        seat: one that `cards.next_seat` gave; on a Ray cluster, Ray says which GPUs it has.
+    """
+    if settings.executor == "local":
+        return CoreProcess(_core_config(settings, seat.device), gauges)
+    placement = Placement(
+        address=settings.ray_address,
+        cpus=settings.ray_cpus,
+        gpus=0 if settings.device == "cpu" else seat.cards,
+        gpus_optional=settings.device == "auto",
+    )
+    return RayCore(_core_config(settings, settings.device), gauges, placement)
 
 
-def core_config(settings: Settings, seat: Seat) -> CoreConfig:
-    """What a core of a model with these settings needs to start there."""
+def _core_config(settings: Settings, device: str) -> CoreConfig:
     return CoreConfig(
         model=settings.model,
-        device=seat.device,
+        device=device,
         dtype=settings.dtype,
         threads=settings.threads,
         style_slots=settings.style_slots,

@@ -16,7 +16,7 @@ from cinecat.server.checkpoints import Checkpoints
 from cinecat.server.circuit import Circuit
 from cinecat.server.core_gauges import CoreGauges
 from cinecat.server.costs import Costs
-from cinecat.server.executors import core_config, new_core
+from cinecat.server.executors import new_core
 from cinecat.server.fleet import Fleet
 from cinecat.server.inputs import JobInputs
 from cinecat.server.jobs import Jobs
@@ -72,7 +72,7 @@ class Loader:
             ModelError, CoreDied: the model cannot be served there.
         """
         gauges = CoreGauges(self.metrics)
-        core = new_core(core_config(settings, seat), gauges)
+        core = new_core(settings, seat, gauges)
         self.fleet.cores.add(core)
         replica = Replica(core, gauges, self.activity, seat)
         try:

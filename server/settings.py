@@ -37,7 +37,7 @@ NOT_INHERITED = frozenset({"model", "model_variant", "replicas", "default_size"}
 PER_MODEL = NOT_INHERITED | {
     *("device", "dtype", "offload", "storage_dtype", "threads", "style_slots", "max_rank", "cache_mib"),
     *("style_cache_mib", "engine", "missing_engine", "engine_sizes", "engine_options", "max_batch", "max_tokens"),
-    *("max_steps", "shard", "shard_weights", "rank_timeout_seconds"),
+    *("max_steps", "shard", "shard_weights", "rank_timeout_seconds", "ray_cpus"),
 }
 """Settings that a further model may have of its own; what it does not give is as for the first model."""
 
@@ -102,6 +102,19 @@ class Settings(BaseModel):
     )
     replicas: int = Field(
         1, ge=1, le=256, description="engine cores that serve the model side by side, each with weights of its own"
+    )
+    executor: Literal["local", "ray"] = Field(
+        "local", description="where engine cores run: on this machine, or placed on the nodes of a Ray cluster"
+    )
+    ray_address: str = Field(
+        "auto", description="host:port of the head of the Ray cluster that this machine is a node of; auto finds it"
+    )
+    ray_cpus: float = Field(
+        1.0,
+        gt=0,
+        le=1024,
+        description="CPUs of a node that a replica takes up on a Ray cluster, beside its GPU; also its threads where "
+        "threads is 0",
     )
     device: str = Field(
         "auto",
@@ -256,7 +269,9 @@ class Settings(BaseModel):
     @field_validator("models")
     @classmethod
     def _are_models(cls, value: dict[str, dict[str, Any]], others: ValidationInfo) -> dict[str, dict[str, Any]]:
-        inherited = {name: other for name, other in others.data.items() if name in PER_MODEL - NOT_INHERITED}
+        inherited = {
+            name: other for name, other in others.data.items() if name in PER_MODEL - NOT_INHERITED | {"executor"}
+        }
         for name, table in value.items():
             if not MODEL_NAME.fullmatch(name):
                 raise ValueError(f"{name!r} is not 1 to 64 of the characters A-Z a-z 0-9 . _ + -")
@@ -276,6 +291,8 @@ class Settings(BaseModel):
     @classmethod
     def _has_a_device_for_each_replica(cls, value: str, others: ValidationInfo) -> str:
         names, replicas = device_names(value), others.data.get("replicas", 1)
+        if others.data.get("executor") == "ray" and value not in (*ANY_CARD, "cpu"):
+            raise ValueError("must be auto, cpu or cuda where executor is ray: Ray says which GPU a replica gets")
         if len(names) == 1 and (value in ANY_CARD or not value.startswith("cuda:")):
             return value  # the engine core knows what there is
         if not all(_GPU.fullmatch(name) for name in names):
@@ -283,6 +300,17 @@ class Settings(BaseModel):
         if len(names) < replicas:
             more = ",".join([value, *(f"cuda:{number}" for number in range(len(names), replicas))])
             raise ValueError(f"names {len(names)} of the {replicas} GPUs that {replicas} replicas take; e.g. {more}")
+        return value
+
+    @field_validator("ray_address")
+    @classmethod
+    def _is_of_a_node(cls, value: str) -> str:
+        host, _, port = value.rpartition(":")
+        if value != "auto" and not (host and port.isdigit() and "/" not in host):
+            raise ValueError(
+                "must be auto or host:port of the cluster's head; a machine joins it by "
+                "ray start --address=HOST:PORT --num-cpus=0"
+            )
         return value
 
     @field_validator("default_size")

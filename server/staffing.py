@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import structlog
@@ -27,11 +28,28 @@ log = structlog.get_logger(__name__)
 
 @dataclass
 class _Staffed:
-    """A pool, and the settings that it has come to."""
+    """A pool, and the settings that it has come to.
+
+    Attributes:
+        joining: what has replicas join in the background.
+    """
 
     pool: Pool
     settings: Settings
     info: ModelInfo
+    joining: list[asyncio.Task[None]] = field(default_factory=list)
+
+    def joined(self, task: asyncio.Task[None]) -> None:
+        """Takes note that one of those is done."""
+        if task in self.joining:
+            self.joining.remove(task)
+
+    def cancel(self, joining: int) -> None:
+        """Gives up all but so many of those that join."""
+        kept = max(0, joining)
+        for task in self.joining[kept:]:
+            task.cancel()
+        del self.joining[kept:]
 
 
 class Staffing:
@@ -42,10 +60,11 @@ class Staffing:
         self._loader = loader
         self._settings = Settings()
         self._staffed: dict[str, _Staffed] = {}  # by the name in the settings
-        self._leaving: set[asyncio.Task[None]] = set()
+        self._background: set[asyncio.Task[None]] = set()
 
     async def start(self, settings: Settings) -> None:
-        """Loads every replica of every model, side by side.
+        """Loads every replica of every model, side by side; where they may have to wait for room, the first of each,
+        and the others join as they can.
 
         Raises:
             ModelError, CoreDied: one of them cannot be served; the fleet is to be stopped.
@@ -56,7 +75,7 @@ class Staffing:
         loading: dict[str, list[asyncio.Task[Loaded]]] = {}
         for name, own in settings.served.items():
             seats: list[Seat] = []
-            for _ in range(own.replicas):
+            for _ in range(1 if _may_wait(own) else own.replicas):
                 seats.append(next_seat(own.device, own.shard, seats, taken))
             loading[name] = [asyncio.create_task(self._loader.load(name, own, seat)) for seat in seats]
             taken += seats
@@ -66,6 +85,7 @@ class Staffing:
             pool = await self._open(name, own, first)
             for loaded in others_loaded:
                 await pool.join(loaded.replica)
+            await self._fill(name, own, pool)
 
     async def reconcile(self, settings: Settings) -> None:
         """Makes the running fleet what other settings say: what joins is loaded first, then leaves what leaves. A model
@@ -74,7 +94,9 @@ class Staffing:
         settings = self._with_what_stays(settings)
         served = settings.served
         for name in self._staffed.keys() - served.keys():
-            self._let_go(self._staffed.pop(name).pool)
+            gone = self._staffed.pop(name)
+            gone.cancel(0)
+            self._let_go(gone.pool)
         for name, own in served.items():
             try:
                 await self._staff(name, own)
@@ -89,10 +111,10 @@ class Staffing:
 
     async def close(self) -> None:
         """Ends what is still being done in the background; draining the fleet is its own affair."""
-        for task in self._leaving:
+        for task in self._background:
             task.cancel()
-        if self._leaving:
-            await asyncio.wait(self._leaving)
+        if self._background:
+            await asyncio.wait(self._background)
 
     def _with_what_stays(self, settings: Settings) -> Settings:
         """Of new settings those that can change at run time, of the others what they were."""
@@ -114,13 +136,36 @@ class Staffing:
                 model = describe_model(staffed.info, own)
                 model.engine = pool.model.engine
                 pool.renew(model, pool.catalogue, own.max_batch)
-        present = _present(pool)
-        for _ in range(own.replicas - len(present)):
-            loaded = await self._load(name, own, pool)
-            await pool.join(loaded.replica)
+        await self._fill(name, own, pool)
+        self._staffed[name].settings = own
+
+    async def _fill(self, name: str, own: Settings, pool: Pool) -> None:
+        """Makes the replicas of a model as many as they should be."""
+        staffed, present = self._staffed[name], _present(pool)
+        staffed.cancel(own.replicas - len(present))
+        for _ in range(own.replicas - len(present) - len(staffed.joining)):
+            if _may_wait(own):
+                task = self._in_background(self._join_sometime(name, own, pool))
+                staffed.joining.append(task)
+                task.add_done_callback(staffed.joined)
+            else:
+                loaded = await self._load(name, own, pool)
+                await pool.join(loaded.replica)
         for replica in present[own.replicas :]:
             self._send_off(pool, replica)
-        self._staffed[name].settings = own
+
+    async def _join_sometime(self, name: str, own: Settings, pool: Pool) -> None:
+        """Tries until there is one more replica, or the server drains."""
+        for attempt in itertools.count():
+            try:
+                loaded = await self._load(name, own, pool)
+            except (EngineError, OSError) as error:
+                log.error("replica does not start", model=pool.model.name, attempt=attempt, error=f"{error}")
+                if await self._loader.patience.drained_while_waiting(attempt + 1):
+                    return
+            else:
+                await pool.join(loaded.replica)
+                return
 
     async def _open(self, name: str, own: Settings, loaded: Loaded) -> Pool:
         """A pool with its first replica."""
@@ -136,6 +181,7 @@ class Staffing:
     async def _roll(self, name: str, staffed: _Staffed, own: Settings) -> Pool:
         """Replaces the replicas of a model one after the other."""
         pool, leaving = staffed.pool, _present(staffed.pool)
+        staffed.cancel(0)
         for number, old in enumerate(leaving[: own.replicas]):
             stays = not _differ(staffed.settings, own, frozenset({"device", "shard"}))
             loaded = await self._load(name, own, pool, old.seat if stays else None)
@@ -187,10 +233,16 @@ class Staffing:
             pool.unload()
         log.info("model has left", model=pool.model.name)
 
-    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
-        self._leaving.add(task)
-        task.add_done_callback(self._leaving.discard)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+        return task
+
+
+def _may_wait(settings: Settings) -> bool:
+    """Whether a replica's place is found by somebody who lets it wait for one."""
+    return settings.executor == "ray"
 
 
 def _present(pool: Pool) -> list[Replica]:

@@ -172,8 +172,7 @@ class _Sides:
             self._leader.traffic()
             together = self._run(self._together, inputs)
             samples.append((alone, together, self._leader.traffic()[0].seconds))
-        alone, together, exchanging = zip(*samples[1:], strict=True)
-        return alone, together, exchanging
+        return tuple(zip(*samples[1:], strict=True))
 
     @torch.inference_mode()
     def _run(self, engine: Engine, inputs: StackInputs) -> float:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 
+from cinecat.engines import checkpoint
 from cinecat.engines.checkpoint import find_checkpoint
 from cinecat.engines.errors import ModelError
 from cinecat.engines.model import load_model
@@ -92,6 +95,27 @@ def test_changed_weights_change_the_fingerprint(copy: Path) -> None:
     weights = copy / "vae" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes() + b" ")
     assert find_checkpoint(str(copy)).fingerprint != before
+
+
+def test_the_fingerprint_does_not_depend_on_the_machine(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = find_checkpoint(str(copy)).fingerprint
+    weights = copy / "vae" / "diffusion_pytorch_model.safetensors"
+    os.utime(weights, (1, 1))
+    assert find_checkpoint(str(copy)).fingerprint == before
+
+    # Too large to be read, but from the hub: a link to a file that is called by its hash.
+    monkeypatch.setattr(checkpoint, "_READ_BYTES", 0)
+    blob = copy / "blobs" / hashlib.sha256(weights.read_bytes()).hexdigest()
+    blob.parent.mkdir()
+    weights.rename(blob)
+    weights.symlink_to(blob)
+    from_hub = find_checkpoint(str(copy)).fingerprint
+    os.utime(blob, (2, 2))
+    assert find_checkpoint(str(copy)).fingerprint == from_hub
+    weights.unlink()
+    other = blob.rename(blob.with_name("0" * 64))
+    weights.symlink_to(other)
+    assert find_checkpoint(str(copy)).fingerprint != from_hub
 
 
 def test_damaged_weights_are_refused_with_their_folder(copy: Path) -> None:

@@ -33,15 +33,18 @@ class ScriptedLoader(Loader):
     """Loads scripted cores; a checkpoint is called what its folder is called.
 
     Attributes:
+        room: for so many more; then a load waits.
         loaded: path of the model, device and core of each, in the order of loading.
     """
 
     loaded: list[tuple[str, str, ScriptedCore]] = field(default_factory=list)
     broken: set[str] = field(default_factory=set)
+    room: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(100))
 
     async def load(self, name: str, settings: Settings, seat: Seat) -> Loaded:
         if settings.model in self.broken:
             raise ModelError(f"model: {settings.model} is broken")
+        await self.room.acquire()
         core: Any = ScriptedCore()
         core.gate.clear()
         self.loaded.append((settings.model, seat.device, core))

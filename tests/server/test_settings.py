@@ -23,7 +23,10 @@ TYPED = {
     "model": "Wan-AI/some-model",
     "model_variant": "four-steps.safetensors",
     "replicas": "2",
-    "device": "cuda:1,cuda:3",
+    "executor": "ray",
+    "ray_address": "head.example.net:6379",
+    "ray_cpus": "2.5",
+    "device": "cuda",
     "default_size": "832x480x81",
     "dtype": "bfloat16",
     "offload": "encoders",
@@ -239,6 +242,21 @@ def test_gpus_that_do_not_suffice_for_the_replicas_are_refused(device: str, prob
     assert problem in refusal({"device": device, "replicas": "3"})
     for enough in ("cpu", "auto", "cuda", "cuda:0,cuda:1,cuda:2", "cuda:0,cuda:0,cuda:0"):
         load_settings({"device": enough, "replicas": "3"}, {})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "problem"),
+    [
+        ({"device": "cuda:1"}, "must be auto, cpu or cuda where executor is ray"),
+        ({"device": "cuda:0,cuda:1"}, "must be auto, cpu or cuda where executor is ray"),
+        ({"ray_address": "ray://head:10001"}, "must be auto or host:port of the cluster's head"),
+        ({"ray_address": "head"}, "must be auto or host:port of the cluster's head"),
+        ({"ray_cpus": "0"}, "greater than 0"),
+        ({"models": '{"b": {"model": "m", "device": "cuda:1"}}'}, "must be auto, cpu or cuda where executor is ray"),
+    ],
+)
+def test_what_a_ray_cluster_cannot_place_is_refused(wrong: dict[str, str], problem: str) -> None:
+    assert problem in refusal({"executor": "ray", **wrong})
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from cinecat.server.errors import RequestError
 from cinecat.server.settings import Settings, SettingsError
 from cinecat.v1 import clip_pb2
 from cinecat.v1 import job_pb2 as pb
-from tests.server.house import House, with_house
+from tests.server.house import House, house, with_house
 from tests.server.line import ended
 from tests.server.samples import until
 
@@ -158,3 +158,50 @@ def test_two_models_of_one_name_are_refused(tmp_path: Path) -> None:
 
     with pytest.raises(SettingsError, match="models: wan-tiny is what the first model is called"):
         with_house(tmp_path, scenario, models={"wan-tiny": {"model": "wan-tiny"}})
+
+
+def test_replicas_that_wait_for_room_hold_up_nobody_and_join_when_they_have_it(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with house(tmp_path) as h:
+            object.__setattr__(h.loader, "room", asyncio.Semaphore(1))
+            await h.staffing.start(Settings(executor="ray", replicas=3))
+            await until(lambda: h.replicas("wan-tiny", "loading") == 2)
+            job = await h.enqueue("a")
+            h.release()
+            await ended(job)
+            assert job.job.state == SUCCEEDED
+
+            h.loader.room.release()
+            await until(lambda: h.replicas("wan-tiny") == 2)
+            assert h.replicas("wan-tiny", "loading") == 1
+            # One that waits is wanted no more, and no other leaves for it.
+            await h.staffing.reconcile(Settings(executor="ray", replicas=2))
+            await until(lambda: h.replicas("wan-tiny", "loading") == 0)
+            h.loader.room.release()
+            await h.staffing.reconcile(Settings(executor="ray", replicas=3))
+            await until(lambda: h.replicas("wan-tiny") == 3)
+            await h.staffing.reconcile(Settings(executor="ray", replicas=4))
+            await until(lambda: h.replicas("wan-tiny", "loading") == 1)
+
+    asyncio.run(scenario())
+
+
+def test_a_replica_that_does_not_start_on_a_cluster_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cinecat.server.patience._PAUSES_S", (0.0, 0.0))
+
+    async def scenario() -> None:
+        async with house(tmp_path) as h:
+            await h.staffing.start(Settings(executor="ray"))
+            h.loader.broken.add("wan-tiny")
+            await h.staffing.reconcile(Settings(executor="ray", replicas=2))
+            await asyncio.sleep(0.05)
+            h.loader.broken.clear()
+            await until(lambda: h.replicas("wan-tiny") == 2)
+
+    with structlog.testing.capture_logs() as logs:
+        asyncio.run(scenario())
+    assert {entry["error"] for entry in logs if entry["event"] == "replica does not start"} == {
+        "model: wan-tiny is broken"
+    }

@@ -1,0 +1,40 @@
+"""A Ray cluster of several nodes on this machine, each with room for so many replicas."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+# Few resources: tests share a machine.
+_SMALL = {"object_store_memory": 100 * 2**20, "include_dashboard": False}
+
+
+@contextmanager
+def ray_cluster(*cpus: int) -> Iterator[Any]:
+    """A `ray.cluster_utils.Cluster`: a head without CPUs, and a node with each of these numbers of them."""
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'cinecat[ray]'")
+    from ray.cluster_utils import Cluster
+
+    # Nothing is told to anybody, and no process is ended because others on the machine take memory.
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_memory_monitor_refresh_ms": "0"}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **_SMALL})
+    try:
+        for count in cpus:
+            add_node(cluster, count)
+        yield cluster
+    finally:
+        cluster.shutdown()
+
+
+def add_node(cluster: Any, cpus: int) -> Any:
+    return cluster.add_node(num_cpus=cpus, object_store_memory=_SMALL["object_store_memory"])
+
+
+def raylet_pid(node: Any) -> int:
+    """Of the process that a node is."""
+    (raylet,) = node.all_processes["raylet"]
+    return int(raylet.process.pid)
