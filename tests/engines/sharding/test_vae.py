@@ -25,7 +25,7 @@ def decoded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Seen]:
 
 
 def decode(folder: Path, cases: dict[str, Case]) -> dict[str, Seen]:
-    decode_everywhere(folder, cases, 100)
+    decode_everywhere(folder, cases, 240)
     return {
         name: [torch.load(folder / f"{name} {rank}.pt") for rank in range(case.ranks)] for name, case in cases.items()
     }
@@ -51,7 +51,6 @@ def assert_equal_to_rounding(case: Case, seen: Seen) -> None:
     assert all(chunk is None for other in others for clip in other["chunks"] for chunk in clip)
 
 
-@pytest.mark.timeout(150)
 @pytest.mark.parametrize("name", CASES)
 def test_bands_together_are_what_one_rank_decodes(decoded: dict[str, Seen], name: str) -> None:
     assert_equal_to_rounding(CASES[name], decoded[name])
