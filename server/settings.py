@@ -339,8 +339,11 @@ class Settings(BaseModel):
 
     @field_validator("shard")
     @classmethod
-    def _is_a_layout(cls, value: str) -> str:
-        parse_layout(value)
+    def _is_a_layout(cls, value: str, others: ValidationInfo) -> str:
+        if parse_layout(value) is None and others.data.get("executor") == "ray":
+            raise ValueError(
+                "must say how many ranks, e.g. ulysses=2, where executor is ray: Ray is asked for their GPUs"
+            )
         return value
 
     @field_validator("page_keys")

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 # Few resources: tests share a machine.
-_SMALL = {"object_store_memory": 100 * 2**20, "include_dashboard": False}
+_NODE = {"object_store_memory": 100 * 2**20, "include_log_monitor": False}
+_HEAD = {**_NODE, "num_cpus": 0, "include_dashboard": False, "no_monitor": True}
 
 
 @contextmanager
@@ -21,7 +22,7 @@ def ray_cluster(*cpus: int) -> Iterator[Any]:
 
     # Nothing is told to anybody, and no process is ended because others on the machine take memory.
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_memory_monitor_refresh_ms": "0"}
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **_SMALL})
+    cluster = Cluster(initialize_head=True, head_node_args=_HEAD)
     try:
         for count in cpus:
             add_node(cluster, count)
@@ -31,7 +32,7 @@ def ray_cluster(*cpus: int) -> Iterator[Any]:
 
 
 def add_node(cluster: Any, cpus: int) -> Any:
-    return cluster.add_node(num_cpus=cpus, object_store_memory=_SMALL["object_store_memory"])
+    return cluster.add_node(num_cpus=cpus, **_NODE)
 
 
 def raylet_pid(node: Any) -> int:

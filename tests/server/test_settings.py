@@ -249,6 +249,7 @@ def test_gpus_that_do_not_suffice_for_the_replicas_are_refused(device: str, prob
     [
         ({"device": "cuda:1"}, "must be auto, cpu or cuda where executor is ray"),
         ({"device": "cuda:0,cuda:1"}, "must be auto, cpu or cuda where executor is ray"),
+        ({"shard": "auto"}, "must say how many ranks"),
         ({"ray_address": "ray://head:10001"}, "must be auto or host:port of the cluster's head"),
         ({"ray_address": "head"}, "must be auto or host:port of the cluster's head"),
         ({"ray_cpus": "0"}, "greater than 0"),
