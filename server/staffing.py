@@ -179,7 +179,7 @@ class Staffing:
         return pool
 
     async def _roll(self, name: str, staffed: _Staffed, own: Settings) -> Pool:
-        """Replaces the replicas of a model one after the other."""
+        """Replaces the replicas of a model one after the other, as many as there are to be; the others leave."""
         pool, leaving = staffed.pool, _present(staffed.pool)
         staffed.cancel(0)
         for number, old in enumerate(leaving[: own.replicas]):
@@ -195,6 +195,8 @@ class Staffing:
                 staffed.info = loaded.info
             await pool.join(loaded.replica)
             await self._retire(pool, old)
+        for old in leaving[own.replicas :]:
+            self._send_off(pool, old)
         return pool
 
     async def _load(self, name: str, own: Settings, pool: Pool | None, seat: Seat | None = None) -> Loaded:
@@ -229,6 +231,10 @@ class Staffing:
         await pool.backlog.until_empty()
         await asyncio.gather(*(self._retire(pool, replica) for replica in _present(pool)))
         self._fleet.leaving.remove(pool)
+        # Their requests were checked while the model was offered, and accepted when nobody took jobs of it any more.
+        for late in pool.backlog.unfinished:
+            pool.backlog.remove(late)
+            self._fleet.enqueue(late.live)
         if self._fleet.pool(pool.model.name) is None:  # and it was not offered again meanwhile
             pool.unload()
         log.info("model has left", model=pool.model.name)

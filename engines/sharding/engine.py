@@ -12,6 +12,7 @@ from torch import Tensor
 from cinecat.engines.backends.contract import Banks, StackInputs
 from cinecat.engines.backends.stack import WanStack
 from cinecat.engines.denoise import KNOWN_CONTEXTS
+from cinecat.engines.model import synchronize
 from cinecat.engines.sharding.attention import SequenceAttention
 from cinecat.engines.sharding.messages import Forward, Order
 from cinecat.engines.sharding.ranks import Ranks, in_step
@@ -44,10 +45,11 @@ class ShardedStack:
 
     def __call__(self, share: StackInputs, tokens: int) -> Tensor:
         """Runs all blocks on a share of rows of so many tokens: [rows, tokens / ranks, dim]. All ranks of the sequence
-        call it at once.
+        call it at once. It waits for the device, from when on the exchange of the output is timed.
         """
         self._attention.tokens = tokens
         output: Tensor = self._stack(share)
+        synchronize(output.device)
         return output
 
 
@@ -127,17 +129,17 @@ class FollowedStack:
     def __call__(self, order: Forward) -> None:
         """Receives this rank's share of a forward, runs it, and sends the output to the leader."""
         layout, cfg = self._ranks.layout, self._ranks.place.cfg
-        if order.fresh and len(self._contexts) == KNOWN_CONTEXTS:
-            self._contexts.popitem(last=False)
-        if not rows_of_group(order.rows, layout, cfg):
-            if order.fresh:
-                self._contexts[order.context] = {}
-            return
+        has_rows = bool(rows_of_group(order.rows, layout, cfg))
         if order.fresh:
-            context = empty_context(order, layout, cfg, self._sizes)
+            if len(self._contexts) == KNOWN_CONTEXTS:
+                self._contexts.popitem(last=False)
+            context = empty_context(order, layout, cfg, self._sizes) if has_rows else {}
             self._ranks.exchange("context", [], [(each, 0) for each in context.values()])
             self._contexts[order.context] = context
+        # Also without rows: the leader, too, forgets the one that was not used for longest.
         self._contexts.move_to_end(order.context)
+        if not has_rows:
+            return
         share = empty_share(order, self._contexts[order.context], layout, cfg, self._sizes, self._banks)
         self._ranks.exchange("scatter", [], [(each, 0) for each in sent_inputs(share)])
         self._ranks.exchange("gather", [(self._stack(share, order.tokens).contiguous(), 0)], [])

@@ -167,17 +167,20 @@ class Leader:
     def _lost(self, rank: int, reason: str, lost: Callable[[Failure | None], None]) -> None:
         if self._closing:
             return
-        follower = self._followers[rank]
         log.error("rank %d %s; the engine core ends", rank, reason)
-        words = None
-        try:
-            if follower.orders.poll(0):
-                words = follower.orders.recv()
-        except (EOFError, OSError):
-            pass
+        said = [words for each in self._followers.values() if (words := _last_words(each)) is not None]
         for each in self._followers.values():
             each.process.kill()
-        lost(words if isinstance(words, Failure) else None)
+        # One that is out of memory takes those with it that wait for it, and may not be the first to be missed.
+        lost(max(said, key=lambda words: words.kind == "memory", default=None))
+
+
+def _last_words(follower: _Follower) -> Failure | None:
+    try:
+        words = follower.orders.recv() if follower.orders.poll(0) else None
+    except (EOFError, OSError):
+        return None
+    return words if isinstance(words, Failure) else None
 
 
 def device_of_rank(device: str, rank: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -23,6 +24,11 @@ _LOCALHOST = "127.0.0.1"
 # Ranks of a replica are on one machine; gloo would look for the address of its name.
 _LOOPBACK = Path("/sys/class/net/lo")
 _INTERFACE = ("GLOO_SOCKET_IFNAME", "lo")
+
+_AHEAD = 2
+"""Exchanges that are queued on a GPU before the first of them is over. NCCL's timeout counts from when an exchange is
+queued, and a whole forward, which may take longer, is queued in no time.
+"""
 
 
 def open_store(layout: Layout, port: int | None = None) -> TCPStore:
@@ -61,15 +67,19 @@ class Ranks:
             RuntimeError: they did not come.
         """
         self.layout, self.rank, self.device = layout, rank, device
+        if device.type == "cuda":
+            # NCCL wants a number, and FSDP takes the current device, which it is not where weights wait on the host.
+            self.device = torch.device("cuda", device.index or 0)
+            torch.cuda.set_device(self.device)
         self.place = layout.place(rank)
         self.traffic = Traffic()
-        self._marks: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._marks: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
         timeout = timedelta(seconds=timeout_seconds)
         backend = "nccl" if device.type == "cuda" else "gloo"
         if backend == "gloo" and _LOOPBACK.is_dir():
             os.environ.setdefault(*_INTERFACE)
         # With its device NCCL meets at once: it must not do so in the first exchange, in which not all ranks take part.
-        at_once = device if backend == "nccl" else None
+        at_once = self.device if backend == "nccl" else None
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=layout.ranks, timeout=timeout, device_id=at_once
         )
@@ -133,6 +143,8 @@ class Ranks:
             yield
             self.traffic.seconds += time.perf_counter() - started
             return
+        while len(self._marks) >= _AHEAD:
+            self._wait_for_first()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         begin.record()
         yield
@@ -141,11 +153,14 @@ class Ranks:
 
     def take_traffic(self) -> Traffic:
         """What was sent since the last call, and how long it took; waits for the device."""
-        if self._marks:
-            torch.cuda.synchronize(self.device)
-            self.traffic.seconds += sum(begin.elapsed_time(end) for begin, end in self._marks) / 1000.0
-            self._marks.clear()
+        while self._marks:
+            self._wait_for_first()
         return self.traffic.take()
+
+    def _wait_for_first(self) -> None:
+        begin, end = self._marks.popleft()
+        end.synchronize()
+        self.traffic.seconds += begin.elapsed_time(end) / 1000.0
 
     def _in_ring(self, steps: int) -> int:
         """The rank that is so many places further round the ring."""

@@ -34,12 +34,21 @@ class ScriptedLoader(Loader):
 
     Attributes:
         room: for so many more; then a load waits.
+        unloading: replicas are unloaded when it is set.
         loaded: path of the model, device and core of each, in the order of loading.
     """
 
     loaded: list[tuple[str, str, ScriptedCore]] = field(default_factory=list)
     broken: set[str] = field(default_factory=set)
     room: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(100))
+    unloading: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self.unloading.set()
+
+    async def unload(self, replica: Replica) -> None:
+        await self.unloading.wait()
+        await super().unload(replica)
 
     async def load(self, name: str, settings: Settings, seat: Seat) -> Loaded:
         if settings.model in self.broken:

@@ -101,6 +101,29 @@ def test_another_checkpoint_under_one_name_is_loaded_before_the_old_one_leaves(t
     with_house(tmp_path, scenario, models=OTHER)
 
 
+def test_fewer_replicas_with_other_settings_are_all_new_ones(tmp_path: Path) -> None:
+    async def scenario(h: House) -> None:
+        await h.staffing.reconcile(Settings(replicas=2, max_rank=16))
+        await until(lambda: len(h.fleet.cores) == 2)
+        assert [core.died.is_set() for core in h.cores] == [True, True, True, False, False]
+
+    with_house(tmp_path, scenario, replicas=3)
+
+
+def test_a_job_that_is_accepted_while_its_model_leaves_is_not_forgotten(tmp_path: Path) -> None:
+    async def scenario(h: House) -> None:
+        h.loader.unloading.clear()
+        await h.staffing.reconcile(Settings())
+        await until(lambda: not h.fleet.leaving[0].replicas)
+        late = await h.enqueue("late", "other")
+        h.loader.unloading.set()
+        await ended(late)
+        assert late.job.state == pb.JOB_STATE_FAILED
+        assert "accepted for the model other, which this server no longer has" in late.job.error.message
+
+    with_house(tmp_path, scenario, models=OTHER)
+
+
 def test_a_first_model_of_another_name_takes_the_place_of_the_former(tmp_path: Path) -> None:
     async def scenario(h: House) -> None:
         running = await h.enqueue("running")
