@@ -275,7 +275,7 @@ class EngineCore:
             self._engines.news(),
             rows=len(request.branches),
             state_bytes=request.state_bytes,
-            decode_bytes=stages.decoder_bytes(model.vae, request.latents, tiling),
+            decode_bytes=self._decode_bytes(request),
             next=self._next(request),
             step_tokens=request.spent,
             keep_ratio=request.keep_ratio,
@@ -436,6 +436,12 @@ class EngineCore:
         vae, latents = self._model.vae, request.latents
         on_all = self._ranks.decoder(vae, latents, job_id) if self._ranks else None
         return on_all or stages.ClipDecoder.start(vae, latents, request.tiling)
+
+    def _decode_bytes(self, request: Request) -> int:
+        vae, latents = self._model.vae, request.latents
+        if self._ranks is not None and self._ranks.decodes(vae, latents):
+            return self._ranks.decoder_bytes(vae, latents)
+        return stages.decoder_bytes(vae, latents, request.tiling)
 
     def release(self, job_id: str) -> None:
         """Frees a request, if it is known."""

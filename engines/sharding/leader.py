@@ -31,7 +31,7 @@ from cinecat.engines.sharding.messages import FollowerConfig, Loaded, Meet, Orde
 from cinecat.engines.sharding.part import share_slot
 from cinecat.engines.sharding.ranks import Ranks, in_step, open_store
 from cinecat.engines.sharding.traffic import Traffic
-from cinecat.engines.sharding.vae import fits_in_bands
+from cinecat.engines.sharding.vae import band_decoder_bytes, fits_in_bands
 from cinecat.engines.sharding.weights import spread_weights
 
 _END_SECONDS = 2.0
@@ -120,11 +120,24 @@ class Leader:
         Raises:
             RanksLost: it cannot be begun.
         """
+        return LedDecoder(vae, latents, self.ranks, self.tell, job_id) if self.decodes(vae, latents) else None
+
+    def decodes(self, vae: AutoencoderKLWan, latents: Tensor) -> bool:
+        """Whether ranks have the memory to decode a clip of these latents, a band each."""
         stride = int(vae.config.scale_factor_spatial)
         height, width = (int(side) * stride for side in latents.shape[3:])
-        if not fits_in_bands(vae, height, width, self.layout.ranks, available_bytes(self.ranks.device)):
-            return None
-        return LedDecoder(vae, latents, self.ranks, self.tell, job_id)
+        free = available_bytes(self.ranks.device)
+        if free is not None:
+            free //= self._ranks_on_a_device
+        return fits_in_bands(vae, height, width, self.layout.ranks, free)
+
+    def decoder_bytes(self, vae: AutoencoderKLWan, latents: Tensor) -> int:
+        """What the device of the leader holds of a clip that all ranks decode, between two chunks."""
+        return band_decoder_bytes(vae, latents.shape, self.layout.ranks) * self._ranks_on_a_device
+
+    @property
+    def _ranks_on_a_device(self) -> int:
+        return self.layout.ranks if self.ranks.device.type == "cpu" else 1
 
     def tell(self, order: Order) -> None:
         """Raises OSError where a rank is gone."""

@@ -1,4 +1,4 @@
-"""What the leader hears of a rank that is gone."""
+"""What the leader knows of the other ranks: their last words, and the memory that they have."""
 
 from __future__ import annotations
 
@@ -8,9 +8,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing import Pipe
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
 
 from cinecat.engines.messages import CoreConfig, Failure
 from cinecat.engines.sharding import leader as leading
+from cinecat.engines.sharding import vae as bands
 from cinecat.engines.sharding.layout import Layout
 
 SENDS_A_FAILURE = """
@@ -52,3 +59,20 @@ def test_a_rank_that_is_out_of_memory_is_heard_though_another_is_missed_first(co
         leader._lost(1, "has ended", heard.append)
         assert [each.process.wait(5) for each in (first, second)] == [-9, -9]
     assert heard == [Failure("memory", "memory")]
+
+
+@pytest.mark.parametrize(("device", "sharing"), [("cpu", 4), ("cuda", 1)])
+def test_ranks_on_a_cpu_share_its_memory(
+    config: CoreConfig, monkeypatch: pytest.MonkeyPatch, device: str, sharing: int
+) -> None:
+    with torch.device("meta"):
+        vae, latents = AutoencoderKLWan(), torch.empty(1, 16, 21, 60, 104)
+    leader = leading.Leader(config, Layout())
+    known: Any = SimpleNamespace(device=torch.device(device))
+    leader.layout, leader._ranks = Layout(ulysses=4), known
+    needed = round(sharing * bands.band_needs(vae, 480, 832, 4) / bands.SHARE)
+    monkeypatch.setattr(leading, "available_bytes", lambda device: round(1.01 * needed))
+    assert leader.decodes(vae, latents)
+    monkeypatch.setattr(leading, "available_bytes", lambda device: round(0.99 * needed))
+    assert not leader.decodes(vae, latents)
+    assert leader.decoder_bytes(vae, latents) == sharing * bands.band_decoder_bytes(vae, latents.shape, 4)
