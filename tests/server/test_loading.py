@@ -35,7 +35,7 @@ def test_a_core_that_cannot_be_loaded_is_stopped_and_named(
 
     async def scenario() -> None:
         core: Any = Broken()
-        monkeypatch.setattr(loading, "new_core", lambda config, gauges: core)
+        monkeypatch.setattr(loading, "new_core", lambda settings, seat, gauges: core)
         async with front(tmp_path) as f:
             house = House(f, tmp_path)
             with pytest.raises(type(error)) as refused:
