@@ -111,6 +111,7 @@ def test_nothing_is_left_of_a_server_that_was_killed(start_server: ServerFactory
     eventually(lambda: not any(map(is_alive, pids)))
 
 
+@pytest.mark.slow
 def test_a_layout_that_does_not_suit_is_told_before_anything_is_loaded(
     start_server: ServerFactory, tmp_path: Path
 ) -> None:
