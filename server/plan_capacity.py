@@ -208,8 +208,8 @@ def _show_plans(found: Projection) -> None:
                 plan.layout,
                 plan.layout.ranks,
                 plan.replicas,
-                f"{plan.step.total:.3g}",
-                f"{plan.clip.total:.4g}",
+                _seconds(plan.step.total),
+                _seconds(plan.clip.total),
                 f"{plan.clips_per_hour:.3g}",
                 f"{plan.tokens_per_second:,.0f}",
                 f"{plan.traffic.all_to_all / 1e9:.3g}",
@@ -222,6 +222,10 @@ def _show_plans(found: Projection) -> None:
             )
         )
     out.show_table(header, rows)
+
+
+def _seconds(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100.0 else f"{value:.3g}"
 
 
 def _show_legend(found: Projection) -> None:
