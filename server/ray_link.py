@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 
 _ROOM_SECONDS = 5.0  # from which on it is worth saying that a replica waits
 _CLOSE_SECONDS = 1.2
+_CONNECT_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,11 @@ def _connect(address: str) -> None:
     import ray
 
     try:
+        if address != "auto":  # Ray would try for minutes
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()
         ray.init(address=address, log_to_driver=False, configure_logging=False)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise _Gone(f"ray_address: there is no Ray cluster at {address}: {in_words(error)}") from error
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -26,7 +27,6 @@ from cinecat.server.ray_core import RayCore
 from cinecat.server.ray_link import Placement
 from tests.server import stub_core
 from tests.server.ray_cluster import add_node, ray_cluster
-from tests.server.samples import until
 
 CONFIG = CoreConfig(model="stub", device="cpu", dtype="float32", threads=1, style_slots=1, max_rank=8, cache_bytes=0)
 
@@ -74,37 +74,51 @@ def nothing_is_left(cluster: Any) -> bool:
     return actors <= {"DEAD"} and groups <= {"REMOVED"} and free == state.cluster_resources().get("CPU", 0)
 
 
+@contextlib.asynccontextmanager
+async def stopping(core: RayCore) -> AsyncIterator[None]:
+    """Whatever fails in the block, no link outlives it."""
+    try:
+        yield
+    finally:
+        await core.stop()
+
+
+async def logged(logs: list[Any], key: str) -> Any:
+    """What the log says under a key, once it does."""
+    async with asyncio.timeout(120):
+        while not any(key in entry for entry in logs):  # noqa: ASYNC110 - no event tells of it
+            await asyncio.sleep(0.05)
+    return next(entry[key] for entry in logs if key in entry)
+
+
 @pytest.mark.slow
 def test_a_core_waits_for_room_and_leaves_nothing_behind(
     cluster: Any, new_core: Callable[..., RayCore], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    async def scenario() -> tuple[int, int]:
+    async def scenario() -> int:
         core = new_core()
-        starting = asyncio.create_task(core.start())
-        await until(lambda: any("needs" in entry for entry in logs))
-        await asyncio.sleep(2)
-        assert not starting.done()
-        node = await asyncio.to_thread(add_node, cluster, 1)
-        try:
+        async with stopping(core):
+            starting = asyncio.create_task(core.start())
+            assert await logged(logs, "needs") == "1 CPU"
+            await asyncio.sleep(2)
+            assert not starting.done()
+            nodes.append(add_node(cluster, 1))  # Ray wants the main thread for it
             assert await asyncio.wait_for(starting, 120) == stub_core.INFO
-            (placed,) = (entry for entry in logs if entry["event"] == "engine core placed")
-            link = core.pid
-            assert link is not None
-            assert not is_gone(placed["node_pid"])
-            await core.stop()
-            return link, placed["node_pid"]
-        finally:
-            await asyncio.to_thread(eventually, lambda: nothing_is_left(cluster))
-            await asyncio.to_thread(cluster.remove_node, node)
+            process = await logged(logs, "node_pid")
+            assert not is_gone(process)
+            return int(process)
 
-    with structlog.testing.capture_logs() as logs:
-        link, process = asyncio.run(scenario())
-    assert [entry["event"] for entry in logs if "room" in entry["event"]] == [
+    nodes: list[Any] = []
+    try:
+        with structlog.testing.capture_logs() as logs:
+            process = asyncio.run(scenario())
+        eventually(lambda: is_gone(process) and nothing_is_left(cluster))
+    finally:
+        for node in nodes:
+            cluster.remove_node(node)
+    assert [entry["event"] for entry in logs if "needs" in entry] == [
         "no node has room for a replica; it waits until one has"
     ]
-    assert next(entry["needs"] for entry in logs if "needs" in entry) == "1 CPU"
-    assert is_gone(link)
-    eventually(lambda: is_gone(process))
     assert "a line of the core's log\n" in capfd.readouterr().err
 
 
@@ -112,15 +126,14 @@ def test_a_core_waits_for_room_and_leaves_nothing_behind(
 def test_a_core_that_waits_for_room_can_be_stopped(cluster: Any, new_core: Callable[..., RayCore]) -> None:
     async def scenario() -> None:
         core = new_core(gpus=1)
-        starting = asyncio.create_task(core.start())
-        await until(lambda: any("needs" in entry for entry in logs))
-        await core.stop()
+        async with stopping(core):
+            starting = asyncio.create_task(core.start())
+            assert await logged(logs, "needs") == "1 CPU, 1 GPU"
         with pytest.raises(CoreDied):
             await starting
 
     with structlog.testing.capture_logs() as logs:
         asyncio.run(scenario())
-    assert next(entry["needs"] for entry in logs if "needs" in entry) == "1 CPU, 1 GPU"
     eventually(lambda: nothing_is_left(cluster))
 
 
@@ -129,33 +142,32 @@ def test_the_core_ends_with_its_link_and_another_is_placed(cluster: Any, new_cor
     async def scenario() -> None:
         # No GPU is asked for where the cluster has none and none is needed.
         core = new_core(gpus=1, gpus_optional=True)
-        node = await asyncio.to_thread(add_node, cluster, 1)
-        try:
+        async with stopping(core):
             await core.start()
-            (first,) = (entry["node_pid"] for entry in logs if "node_pid" in entry)
-            died = core.died
+            first, died = await logged(logs, "node_pid"), core.died
             assert core.pid is not None
             os.kill(core.pid, signal.SIGKILL)
             await asyncio.wait_for(died.wait(), 5)
             await core.restart()
             assert is_gone(first)
             assert await core.call(Release("any"), Released) == Released()
-        finally:
-            await core.stop()
-            await asyncio.to_thread(eventually, lambda: nothing_is_left(cluster))
-            await asyncio.to_thread(cluster.remove_node, node)
 
-    with structlog.testing.capture_logs() as logs:
-        asyncio.run(scenario())
+    node = add_node(cluster, 1)
+    try:
+        with structlog.testing.capture_logs() as logs:
+            asyncio.run(scenario())
+        eventually(lambda: nothing_is_left(cluster))
+    finally:
+        cluster.remove_node(node)
 
 
 @pytest.mark.slow
-def test_an_address_without_a_cluster_is_told(new_core: Callable[..., RayCore]) -> None:
+def test_an_address_without_a_cluster_is_told_soon(new_core: Callable[..., RayCore]) -> None:
     async def scenario() -> None:
         core = new_core(address="127.0.0.1:1")
-        with pytest.raises(CoreDied, match=r"ray_address: there is no Ray cluster at 127\.0\.0\.1:1"):
-            await core.start()
-        await core.stop()
+        async with stopping(core), asyncio.timeout(60):
+            with pytest.raises(CoreDied, match=r"ray_address: there is no Ray cluster at 127\.0\.0\.1:1: .*refused"):
+                await core.start()
 
     asyncio.run(scenario())
 
