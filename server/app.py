@@ -168,11 +168,14 @@ async def running(settings: Settings, hurry: asyncio.Event) -> AsyncIterator[Run
         fleet = Fleet(jobs, patience, circuit, settings.max_queue, metrics)
         stack.push_async_callback(fleet.stop)
 
+        telling = asyncio.Lock()
+
         async def tell_readiness() -> None:
-            ready = serving and fleet.works
-            await endpoint.set_health(health_servicer, ready)
-            metrics.ready.set(ready)
-            page.ready = ready
+            async with telling:  # of replicas that change at once, the last says how it is
+                ready = serving and fleet.works
+                await endpoint.set_health(health_servicer, ready)
+                metrics.ready.set(ready)
+                page.ready = ready
 
         loader = Loader(
             fleet,

@@ -56,6 +56,7 @@ class _Gone(Exception):
 def run_link(connection: Connection, config: CoreConfig, body: Callable[..., None], placement: Placement) -> None:
     """Body of the process: to the front it is what `body` is on the node. It ends when the core does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as the core: the end of a terminal tears no step
     configure_logging(config.log_format, config.log_level)
     die_with_parent()
     front = _Front(connection)

@@ -11,7 +11,7 @@ class Traffic:
     """Counts since the last `take`.
 
     Attributes:
-        sent: bytes that this rank sent, by the kind of exchange.
+        sent: bytes that this rank sent, by the kind of exchange; without weights that FSDP gathers.
         seconds: spent in exchanges.
     """
 
