@@ -38,9 +38,13 @@ log = logging.getLogger(__name__)
 def main(orders: Connection, pulse: Connection) -> None:
     """Loads, says Loaded, and follows orders until the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    config: FollowerConfig = orders.recv()
+    try:
+        config: FollowerConfig = orders.recv()
+    except (EOFError, OSError):
+        return  # its leader is gone already
     configure_logging(config.core.log_format, config.core.log_level)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    follow(pulse, config.core.rank_timeout_seconds)
     try:
         from cinecat.engines.sharding.part import Part
 
@@ -56,9 +60,6 @@ def main(orders: Connection, pulse: Connection) -> None:
             # Whatever else runs here belongs to a leader that is gone.
             os._exit(0)
         try:
-            if isinstance(order, Meet):
-                # Not before: while others load, the leader has nobody to tell that it lives.
-                follow(pulse, config.core.rank_timeout_seconds)
             _carry_out(part, order, orders)
         except Exception as error:
             # The others are in the middle of it; the leader ends them all, and may tell whose fault it was.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import threading
 import time
@@ -13,16 +14,21 @@ _BEAT = b"."
 
 
 def follow(pulse: Connection, timeout_seconds: float) -> None:
-    """Begins to beat, from a follower. Where the leader is gone, this process ends at once; where it gives no sign of
-    life, it ends the leader first, for whom nobody else could.
+    """Begins to beat, from a follower, once the leader does, which is when all have loaded. Where the leader is gone,
+    before that too, this process ends at once; where it gives no sign of life, it ends the leader first, for whom
+    nobody else could.
     """
     leader = os.getppid()
 
     def beat() -> None:
+        try:
+            pulse.recv_bytes()
+        except (OSError, EOFError):
+            os._exit(1)
         interval, heard = _interval(timeout_seconds), time.monotonic()
         while True:
             try:
-                pulse.send_bytes(_BEAT)
+                _beat(pulse)
                 while pulse.poll(0):
                     pulse.recv_bytes()
                     heard = time.monotonic()
@@ -55,7 +61,7 @@ def lead(
             started = time.monotonic()
             for pulse, rank in ranks.items():
                 try:
-                    pulse.send_bytes(_BEAT)
+                    _beat(pulse)
                 except OSError:
                     return lost(rank, "has ended")
             while (left := started + interval - time.monotonic()) > 0:
@@ -73,6 +79,12 @@ def lead(
     thread = threading.Thread(target=beat, name="pulse", daemon=True)
     thread.start()
     return thread
+
+
+def _beat(pulse: Connection) -> None:
+    """Raises OSError where nobody is there. A pipe that is full has long not been read: to send is to wait."""
+    if select.select([], [pulse], [], 0)[1]:
+        pulse.send_bytes(_BEAT)
 
 
 def _interval(timeout_seconds: float) -> float:

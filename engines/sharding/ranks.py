@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -33,8 +34,14 @@ queued, and a whole forward, which may take longer, is queued in no time.
 
 def open_store(layout: Layout, port: int | None = None) -> TCPStore:
     """What ranks find each other by: the leader's, on a port that is free, or for a follower the one at a port."""
-    leads = port is None
-    return TCPStore(_LOCALHOST, port or 0, layout.ranks, is_master=leads, wait_for_workers=not leads)
+    if port is not None:
+        return TCPStore(_LOCALHOST, port, layout.ranks)
+    # Of this machine alone; a socket of its own the store would open to every network.
+    listening = socket.create_server((_LOCALHOST, 0))
+    port = listening.getsockname()[1]
+    return TCPStore(
+        _LOCALHOST, port, layout.ranks, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach()
+    )
 
 
 @contextmanager
