@@ -121,12 +121,9 @@ async def _reload(changed: asyncio.Event, read_again: Callable[[], Settings], se
         await changed.wait()
         changed.clear()
         try:
-            settings = await asyncio.to_thread(read_again)
+            await server.reload(await asyncio.to_thread(read_again))
         except SettingsError as error:
             log.error("settings cannot be used; the server stays as it is", error=f"{error}")
-            continue
-        try:
-            await server.reload(settings)
         except Exception as error:
             log.error("settings could not be carried out in full", exc_info=error)
 

@@ -60,6 +60,7 @@ class Staffing:
         self._loader = loader
         self._settings = Settings()
         self._staffed: dict[str, _Staffed] = {}  # by the name in the settings
+        self._made_by: dict[Replica, Settings] = {}  # what each replica was loaded with
         self._background: set[asyncio.Task[None]] = set()
 
     async def start(self, settings: Settings) -> None:
@@ -82,6 +83,7 @@ class Staffing:
         await _all_or_none([task for tasks in loading.values() for task in tasks])
         for name, own in settings.served.items():
             first, *others_loaded = [task.result() for task in loading[name]]
+            self._made_by |= {loaded.replica: own for loaded in (first, *others_loaded)}
             pool = await self._open(name, own, first)
             for loaded in others_loaded:
                 await pool.join(loaded.replica)
@@ -128,7 +130,7 @@ class Staffing:
         staffed = self._staffed.get(name)
         if staffed is None:
             pool = await self._open(name, own, await self._load(name, own, None))
-        elif _differ(staffed.settings, own, PER_MODEL - _FRONT_ALONE):
+        elif any(self._is_outdated(replica, own) for replica in _present(staffed.pool)):
             pool = await self._roll(name, staffed, own)
         else:
             pool = staffed.pool
@@ -179,11 +181,15 @@ class Staffing:
         return pool
 
     async def _roll(self, name: str, staffed: _Staffed, own: Settings) -> Pool:
-        """Replaces the replicas of a model one after the other, as many as there are to be; the others leave."""
-        pool, leaving = staffed.pool, _present(staffed.pool)
+        """Replaces the outdated replicas of a model one after the other, as many as there are to be; the others leave.
+        Where a load fails half through, the next call goes on from there, or back.
+        """
+        pool = staffed.pool
+        present = sorted(_present(pool), key=lambda replica: self._is_outdated(replica, own))
+        kept, leaving = present[: own.replicas], present[own.replicas :]
         staffed.cancel(0)
-        for number, old in enumerate(leaving[: own.replicas]):
-            stays = not _differ(staffed.settings, own, frozenset({"device", "shard"}))
+        for number, old in enumerate(each for each in kept if self._is_outdated(each, own)):
+            stays = not _differ(self._made_by[old], own, frozenset({"device", "shard"}))
             loaded = await self._load(name, own, pool, old.seat if stays else None)
             if loaded.model.name != pool.model.name:
                 # The first model is called what its checkpoint is called: it is another model.
@@ -195,9 +201,12 @@ class Staffing:
                 staffed.info = loaded.info
             await pool.join(loaded.replica)
             await self._retire(pool, old)
-        for old in leaving[own.replicas :]:
+        for old in leaving:
             self._send_off(pool, old)
         return pool
+
+    def _is_outdated(self, replica: Replica, own: Settings) -> bool:
+        return _differ(self._made_by[replica], own, PER_MODEL - _FRONT_ALONE)
 
     async def _load(self, name: str, own: Settings, pool: Pool | None, seat: Seat | None = None) -> Loaded:
         """A warm replica, on devices of its own where none is given."""
@@ -207,7 +216,9 @@ class Staffing:
         if pool is not None:
             pool.loading += 1
         try:
-            return await self._loader.load(name, own, seat or next_seat(own.device, own.shard, mine, others))
+            loaded = await self._loader.load(name, own, seat or next_seat(own.device, own.shard, mine, others))
+            self._made_by[loaded.replica] = own
+            return loaded
         finally:
             if pool is not None:
                 pool.loading -= 1
@@ -219,6 +230,7 @@ class Staffing:
     async def _retire(self, pool: Pool, replica: Replica) -> None:
         await pool.retire(replica, self._settings.drain_seconds)
         await self._loader.unload(replica)
+        self._made_by.pop(replica, None)
 
     def _let_go(self, pool: Pool) -> None:
         """No request is for the model any more, and its replicas leave when its jobs are done."""

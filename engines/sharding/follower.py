@@ -37,7 +37,9 @@ log = logging.getLogger(__name__)
 
 def main(orders: Connection, pulse: Connection) -> None:
     """Loads, says Loaded, and follows orders until the pipe closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # As in the leader: the front decides when to stop, not a terminal.
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     try:
         config: FollowerConfig = orders.recv()
     except (EOFError, OSError):

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from multiprocessing import Pipe
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ from cinecat.engines.sharding.vae import band_decoder_bytes, fits_in_bands
 from cinecat.engines.sharding.weights import spread_weights
 
 _END_SECONDS = 2.0
+_PATIENCE_SECONDS = 60.0
 
 log = logging.getLogger(__name__)
 
@@ -85,8 +86,15 @@ class Leader:
         Raises:
             ModelError: a rank cannot load the model.
         """
-        for rank, follower in self._followers.items():
-            self._expect_loaded(rank, follower)
+        loading = {follower.orders: rank for rank, follower in self._followers.items()}
+        while loading:
+            ready = wait(list(loading), _PATIENCE_SECONDS)
+            if not ready:
+                log.warning("ranks %s still load the model", ", ".join(map(str, loading.values())))
+            for orders in ready:
+                assert isinstance(orders, Connection)
+                rank = loading.pop(orders)
+                self._expect_loaded(rank, self._followers[rank])
         store = open_store(self.layout)
         self.tell(Meet(store.port))
         pulses = {rank: follower.pulse for rank, follower in self._followers.items()}

@@ -26,7 +26,11 @@ def follow(pulse: Connection, timeout_seconds: float) -> None:
         except (OSError, EOFError):
             os._exit(1)
         interval, heard = _interval(timeout_seconds), time.monotonic()
+        woken = heard
         while True:
+            if (now := time.monotonic()) - woken > timeout_seconds:
+                heard = now  # it was this process that stood still, as when a machine is paused
+            woken = now
             try:
                 _beat(pulse)
                 while pulse.poll(0):
@@ -57,8 +61,11 @@ def lead(
     def beat() -> None:
         interval = _interval(timeout_seconds)
         heard = dict.fromkeys(ranks, time.monotonic())
+        started = time.monotonic()
         while True:
-            started = time.monotonic()
+            before, started = started, time.monotonic()
+            if started - before > timeout_seconds:
+                heard = dict.fromkeys(ranks, started)  # it was this process that stood still
             for pulse, rank in ranks.items():
                 try:
                     _beat(pulse)

@@ -21,6 +21,7 @@ DENOISING = pb.JOB_STATE_DENOISING
 
 
 OTHER = {"other": {"model": "big", "default_size": "256x256x5"}}
+TWO_OTHERS = {"other": {"model": "big", "replicas": 2}}
 
 
 def test_replicas_join_and_leave_while_jobs_run(tmp_path: Path) -> None:
@@ -99,6 +100,26 @@ def test_another_checkpoint_under_one_name_is_loaded_before_the_old_one_leaves(t
         assert {running.job.state, waiting.job.state} == {SUCCEEDED}
 
     with_house(tmp_path, scenario, models=OTHER)
+
+
+def test_a_roll_that_fails_half_through_is_taken_back_by_the_old_settings(tmp_path: Path) -> None:
+    async def scenario(h: House) -> None:
+        running = await h.enqueue("running", "other")
+        await until(lambda: running.job.state == DENOISING)
+        rolled = {"other": {"model": "bigger", "replicas": 2}}
+        rolling = asyncio.create_task(h.staffing.reconcile(Settings(models=rolled)))
+        await until(lambda: h.replicas("other", "draining") == 1)
+        h.loader.broken.add("bigger")  # after its first replica has joined, and before the second is loaded
+        h.release()
+        await ended(running)
+        await rolling
+        assert [model for model, _, _ in h.loader.loaded] == ["wan-tiny", "big", "big", "bigger"]
+        await h.staffing.reconcile(Settings(models=TWO_OTHERS))
+        assert [model for model, _, _ in h.loader.loaded] == ["wan-tiny", "big", "big", "bigger", "big"]
+        assert [core.died.is_set() for core in h.cores][-1] is False
+        assert h.replicas("other") == 2
+
+    with_house(tmp_path, scenario, models=TWO_OTHERS)
 
 
 def test_fewer_replicas_with_other_settings_are_all_new_ones(tmp_path: Path) -> None:
