@@ -363,6 +363,7 @@ def by_two(seen: Scrape, name: str, first: str, second: str) -> dict[tuple[str, 
     }
 
 
+@pytest.mark.slow
 def test_every_count_says_what_was_done(start_server: ServerFactory, tmp_path: Path, frame_png: bytes) -> None:
     with start_server(tmp_path, *OPTIONS) as server, grpc.insecure_channel(server.address) as channel:
         script = Script(server, generation_pb2_grpc.GenerationStub(channel), frame_png)

@@ -26,6 +26,7 @@ def test_a_server_that_allows_no_recording_says_what_would(server: LocalServer, 
             list(client.profile(job.job_id))
 
 
+@pytest.mark.slow
 def test_recorded_steps_are_files_for_perfetto_and_change_no_bit(
     start_server: ServerFactory, tmp_path: Path, photograph: Path
 ) -> None:

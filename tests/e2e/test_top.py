@@ -61,7 +61,9 @@ def test_a_running_job_and_one_that_waits_are_shown_with_what_the_engine_does(
 
 def test_ctrl_c_gives_the_terminal_back_as_it_was(server: LocalServer) -> None:
     metrics = f"http://127.0.0.1:{server.metrics_port}/metrics"
-    call = "import sys, typer; from cinecat.server.top import top; app = typer.Typer(); app.command()(top); app()"
+    # A shell's background jobs have their children ignore Ctrl-C.
+    call = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); import typer; "
+    call += "from cinecat.server.top import top; app = typer.Typer(); app.command()(top); app()"
     command = [sys.executable, "-c", call, "--server", server.address, "--metrics", metrics, "--interval", "0.2"]
     ours, its = pty.openpty()
     with subprocess.Popen(command, stdin=its, stdout=its, stderr=its, start_new_session=True) as process:
