@@ -19,7 +19,7 @@ from typing import Any
 import diffusers
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save_file
+from safetensors.torch import load, save
 from torch import Tensor
 
 from cinecat.engines.errors import EngineError
@@ -130,7 +130,8 @@ def write(path: Path, digest: str, progress: Progress) -> int:
     metadata = {"format": _FORMAT, "shot": digest, "state": state, "content": _content_digest(state, stored)}
     part = path.with_name(f"{path.name}.part")
     try:
-        save_file(stored, part, metadata)
+        # Not by save_file: its own temporary file would stay behind where this process is killed.
+        part.write_bytes(save(stored, metadata))
         sync(part)
         part.replace(path)
         sync(path.parent)
