@@ -108,12 +108,17 @@ def place(
         for block in stack.blocks:
             hook = _WideWhileRunning(matrices(block), _STORAGE[storage_dtype])
             HookRegistry.check_if_exists_or_initialize(block).register_hook(hook, "cinecat_storage")
-    on_host = {id(parameter) for parameter in stack.parameters()} if offload == "blocks" else set()
-    for tensor in chain(transformer.parameters(), transformer.buffers()):
-        if id(tensor) not in on_host:
-            tensor.data = tensor.data.to(device)
+    bring(transformer, device, besides=stack.parameters() if offload == "blocks" else ())
     if offload == "blocks":
         _offload_blocks(stack, device)
+
+
+def bring(transformer: nn.Module, device: torch.device, besides: Iterable[nn.Parameter]) -> None:
+    """Has all of a transformer on a device, but for some parameters."""
+    left_out = {id(parameter) for parameter in besides}
+    for tensor in chain(transformer.parameters(), transformer.buffers()):
+        if id(tensor) not in left_out:
+            tensor.data = tensor.data.to(device)
 
 
 def matrices(block: nn.Module) -> list[nn.Parameter]:

@@ -181,14 +181,20 @@ def _write_frames(frames: Tensor, buffer: str, dtype: str) -> None:
         memory.close()
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a device or the host had none left. On a CPU, torch's allocator raises a plain RuntimeError."""
+    import torch
+
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
 def _failure(error: Exception) -> Failure:
     message = f"{error}" or type(error).__name__
     if isinstance(error, ModelError):
         return Failure("model", message)
     import torch
 
-    # On a CPU, torch's allocator raises a plain RuntimeError.
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in message:
+    if is_out_of_memory(error):
         error.__traceback__ = None  # its frames hold the tensors
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -99,12 +99,9 @@ class ShardedEngine:
         shares = {rank: share_of(inputs, context, layout, rank) for rank in busy}
         sent = [(each, rank) for rank in busy[1:] for each in sent_inputs(shares[rank])]
         self._ranks.exchange("scatter", sent, [])
-        parts: list[Tensor | None] = [None] * layout.ranks
-        parts[0] = self._stack(shares[0], tokens)
-        coming = {rank: torch.empty_like(shares[rank].tokens) for rank in busy[1:]}
-        self._ranks.exchange("gather", [], [(part, rank) for rank, part in coming.items()])
-        for rank, part in coming.items():
-            parts[rank] = part
+        parts = {0: self._stack(shares[0], tokens)}
+        parts |= {rank: torch.empty_like(shares[rank].tokens) for rank in busy[1:]}
+        self._ranks.exchange("gather", [], [(parts[rank], rank) for rank in busy[1:]])
         return gathered(parts, rows, tokens, layout)
 
     def _context(self, inputs: StackInputs) -> tuple[int, bool]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from cinecat.engines.errors import ModelError
 from cinecat.engines.logs import configure_logging
 from cinecat.engines.messages import Failure
+from cinecat.engines.process import is_out_of_memory
 from cinecat.engines.sharding.messages import (
     DecodeNext,
     EndDecoding,
@@ -85,12 +86,10 @@ def _carry_out(part: Part, order: Order, orders: Connection) -> None:
 
 
 def _failure(error: Exception, rank: int) -> Failure:
-    import torch
-
     message = f"rank {rank}: {error}" if str(error) else f"rank {rank}: {type(error).__name__}"
     if isinstance(error, ModelError):
         return Failure("model", message)
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in message:
+    if is_out_of_memory(error):
         return Failure("memory", f"out of memory: {message.splitlines()[0]}", fatal=True)
     return Failure("internal", message, fatal=True)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -115,13 +115,10 @@ def empty_share(
     )
 
 
-def gathered(parts: Sequence[Tensor | None], rows: int, tokens: int, layout: Layout) -> Tensor:
-    """The whole output [rows, tokens, dim] of what the ranks give, in their order; None is of a rank without rows."""
-    first = parts[0]
-    assert first is not None
-    whole = first.new_empty(rows, tokens, first.shape[2])
-    for cfg in range(layout.cfg):
-        own = [part for part in parts[cfg * layout.sequence : (cfg + 1) * layout.sequence] if part is not None]
-        if own:
-            whole[cfg :: layout.cfg] = torch.cat(own, dim=1)[:, :tokens]
+def gathered(parts: Mapping[int, Tensor], rows: int, tokens: int, layout: Layout) -> Tensor:
+    """The whole output [rows, tokens, dim] of what each rank that has rows gives."""
+    whole = parts[0].new_empty(rows, tokens, parts[0].shape[2])
+    for cfg in range(min(rows, layout.cfg)):
+        own = [parts[rank] for rank in range(cfg * layout.sequence, (cfg + 1) * layout.sequence)]
+        whole[cfg :: layout.cfg] = torch.cat(own, dim=1)[:, :tokens]
     return whole

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import chain
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
 from cinecat.engines.backends.stack import WanStack
+from cinecat.engines.placement import bring
 from cinecat.engines.sharding.ranks import Ranks
 
 
@@ -29,7 +29,4 @@ def spread_weights(transformer: Any, stack: WanStack, ranks: Ranks, how: str) ->
     mesh = DeviceMesh.from_group(ranks.sequence_group, ranks.device.type, torch.tensor(members))
     for block in stack.blocks:
         fully_shard(block, mesh=mesh)
-    in_blocks = {id(parameter) for parameter in stack.parameters()}
-    for tensor in chain(transformer.parameters(), transformer.buffers()):
-        if id(tensor) not in in_blocks:
-            tensor.data = tensor.data.to(ranks.device)
+    bring(transformer, ranks.device, besides=stack.parameters())
