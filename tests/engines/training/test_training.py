@@ -13,17 +13,18 @@ from cinecat.engines.checkpoint import find_checkpoint
 from cinecat.engines.model import load_model, load_transformer
 from cinecat.engines.stages import encode_condition, encode_text
 from cinecat.engines.tiny import TinyConfig, build_tiny
-from cinecat.engines.training.dit import DitRecipe, initialise, predict, train_dit
+from cinecat.engines.training.dit import DitRecipe, Lessons, initialise, lessons_of, motion_weights, predict, train_dit
 from cinecat.engines.training.film import make_clip
 from cinecat.engines.training.latents import WORDS, LatentSet, encode_films
+from cinecat.engines.training.precision import has_fast_bfloat16
 from cinecat.engines.training.progress import Journal
-from cinecat.engines.training.recipe import Stage, TrainingPlan, train_tiny
+from cinecat.engines.training.recipe import Films, Stage, TrainingPlan, train_tiny
 from cinecat.engines.training.vae import VaeRecipe, decode, encode, latent_statistics, train_vae
 from cinecat.engines.training.vae import initialise as initialise_vae
 
 MICRO = TinyConfig(heads=1, head_dim=24, layers=1, ffn_dim=32, text_dim=64, image_dim=16, vae_base_dim=4)
 VAE_RECIPE = VaeRecipe(steps=3, image_share=0.4, side=32, crop=16, image_batch=2, clip_batch=1, clip_frames=5)
-DIT_RECIPE = DitRecipe(steps=4, batch=4)
+DIT_RECIPE = DitRecipe(steps=4)
 
 
 def micro_vae() -> AutoencoderKLWan:
@@ -77,7 +78,7 @@ def micro_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def plan() -> TrainingPlan:
-    stage = Stage("dit", 16, replace(DIT_RECIPE, steps=1), side=32, frames=5, clips=4, probes=4)
+    stage = Stage("dit", replace(DIT_RECIPE, steps=1), (Films(32, 16, 0, 4, batch=4),), frames=5, probes=4)
     return TrainingPlan(vae=replace(VAE_RECIPE, steps=1), stages=(stage,), model=MICRO)
 
 
@@ -116,11 +117,12 @@ def test_the_vae_resumes_as_if_never_stopped(tmp_path: Path) -> None:
 def test_the_transformer_resumes_as_if_never_stopped(tmp_path: Path) -> None:
     whole, stopped, resumed = micro_transformer(), micro_transformer(), micro_transformer()
     latents = micro_latents()
-    train_dit(whole, latents, latents, DIT_RECIPE, Journal(tmp_path / "whole", "dit"), save_seconds=0.0)
+    lessons = [Lessons(latents, batch=4)]
+    train_dit(whole, lessons, latents, DIT_RECIPE, Journal(tmp_path / "whole", "dit"), save_seconds=0.0)
     journal = Journal(tmp_path / "stopped", "dit")
     with pytest.raises(_Stop):
-        train_dit(stopped, latents, latents, DIT_RECIPE, _StopsAfter(journal, saves=2), save_seconds=0.0)
-    train_dit(resumed, latents, latents, DIT_RECIPE, journal, save_seconds=0.0)
+        train_dit(stopped, lessons, latents, DIT_RECIPE, _StopsAfter(journal, saves=2), save_seconds=0.0)
+    train_dit(resumed, lessons, latents, DIT_RECIPE, journal, save_seconds=0.0)
     assert torch.equal(weights(whole), weights(resumed))
 
 
@@ -128,10 +130,37 @@ def test_training_lowers_the_transformer_s_loss(tmp_path: Path) -> None:
     journal = Journal(tmp_path, "dit")
     recipe = replace(DIT_RECIPE, steps=60, adam_rate=3e-3, warmup=5)
     latents = micro_latents()
-    train_dit(micro_transformer(), latents, latents, recipe, journal, save_seconds=0.0)
+    train_dit(micro_transformer(), [Lessons(latents, batch=4)], latents, recipe, journal, save_seconds=0.0)
     rows = journal.curve.read_text().splitlines()[1:]
     first, last = (float(rows[row].split(",")[-1]) for row in (0, -1))
     assert last < 0.97 * first
+
+
+def test_other_lessons_have_their_share_of_the_steps_in_their_own_order() -> None:
+    films = micro_latents(2)
+    lessons = [Lessons(films, 2), Lessons(films, 1, share=0.25)]
+    drawn = [lessons_of(lessons, step) for step in range(12)]
+    assert [turn for these, turn in drawn if these is lessons[1]] == [0, 1, 2]
+    assert [turn for these, turn in drawn if these is lessons[0]] == [0, 1, 2, 4, 5, 6, 8, 9, 10]
+
+
+def test_what_moves_weighs_more() -> None:
+    still = torch.randn(1, 16, 1, 2, 2, generator=torch.Generator().manual_seed(1)).expand(-1, -1, 3, -1, -1).clone()
+    assert torch.equal(motion_weights(still, 4.0), torch.ones(1, 1, 3, 2, 2))
+    still[:, :, 2, 1, 0] += 1.0
+    weights = motion_weights(still, 4.0)
+    assert weights[0, 0, 2, 1, 0] == 5.0
+    assert weights.sum() == 11 + 5
+
+
+def test_the_motion_s_weight_reaches_the_training(tmp_path: Path) -> None:
+    trained = []
+    for motion_weight in (0.0, 4.0):
+        transformer, latents = micro_transformer(), micro_latents()
+        recipe = replace(DIT_RECIPE, motion_weight=motion_weight)
+        train_dit(transformer, [Lessons(latents, 4)], latents, recipe, Journal(tmp_path / f"{motion_weight}", "dit"))
+        trained.append(weights(transformer))
+    assert not torch.equal(*trained)
 
 
 def test_collapsed_padding_is_the_padded_prompt() -> None:
@@ -154,7 +183,8 @@ def test_films_are_encoded_as_the_engine_encodes_them(micro_folder: Path) -> Non
     with torch.inference_mode():
         condition = encode_condition(model.vae, film.first_frame, 5)
         text = encode_text(model, film.caption)
-    assert latents.condition(torch.tensor([0])) == pytest.approx(condition, abs=2e-3)
+    # In bfloat16 a latent of size 3 is rounded to a hundredth.
+    assert latents.condition(torch.tensor([0])) == pytest.approx(condition, abs=5e-2 if has_fast_bfloat16() else 2e-3)
     assert latents.text[0] == pytest.approx(text[0, :WORDS], abs=1e-4)
     assert text[0, int(latents.counts[0]) :].abs().max() == 0.0
     assert text[0, : int(latents.counts[0])].abs().min() > 0.0
@@ -213,5 +243,5 @@ class _StopsAfter(Journal):
 
 def test_a_plan_scales_with_its_films() -> None:
     plan = TrainingPlan().scaled(0.01)
-    assert [(stage.clips, stage.recipe.steps) for stage in plan.stages] == [(32, 4), (8, 10), (8, 22), (2, 1)]
+    assert [(stage.films[0].count, stage.recipe.steps) for stage in plan.stages] == [(32, 4), (8, 10), (8, 22), (2, 1)]
     assert TrainingPlan().scaled(1.0) == TrainingPlan()
