@@ -80,7 +80,7 @@ def styles(*references: tuple[str, float | None]) -> list[Message]:
         ("steps", 10**6, "clip.steps", "between 1 and 200"),
         ("run_steps", 1, "clip.run_steps", "1 is not 2 or more; leave it unset"),
         ("run_steps", -3, "clip.run_steps", "-3 is not 2 or more"),
-        ("run_steps", 9, "clip.run_steps", "9 is more than the clip's 8 steps; leave it unset"),
+        ("run_steps", 9, "clip.run_steps", "9 is more than the clip's 2 steps; leave it unset"),
         ("guidance_scale", math.nan, "clip.guidance_scale", "between 0 and 30"),
         ("guidance_scale", math.inf, "clip.guidance_scale", "between 0 and 30"),
         ("guidance_scale", -0.5, "clip.guidance_scale", "between 0 and 30"),
