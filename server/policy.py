@@ -171,7 +171,7 @@ def _rank(task: Task, snapshot: Snapshot) -> tuple[bool, float, float, float, st
 
 def _quantum(task: Task, resident: Sequence[Task], invited: Sequence[Task], snapshot: Snapshot) -> Decision:
     """What a resident job does next, in company where that is quicker."""
-    if task.phase is Phase.DECODING or task.alone or _is_cached(task):
+    if task.phase is Phase.DECODING or task.alone or task.shape is None or _is_cached(task):
         return _alone(task)
     # It costs next to nothing, and brings the other to a step that the two may share.
     for other in resident:
@@ -196,7 +196,7 @@ def _alone(task: Task) -> Decision:
 
 def _is_cached(task: Task) -> bool:
     """Whether its coming step runs no forward."""
-    return task.shape is None or not task.shape.tokens
+    return task.shape is not None and not task.shape.tokens
 
 
 def _may_join(other: Task, task: Task) -> bool:
