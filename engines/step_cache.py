@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -42,7 +43,10 @@ class Remembered:
 
 
 def velocity_towards(clean: Tensor, latents: Tensor, sigma: float) -> Tensor:
-    """The velocity by which latents at a sigma above 0 have that clean prediction; all three are of one shape."""
+    """The velocity by which latents at a sigma have that clean prediction; all three are of one shape."""
+    # Solvers that round timesteps may call the last traces of noise none. Then there is nowhere to go.
+    if sigma == 0.0:
+        return torch.zeros_like(latents)
     return (latents - clean) / sigma
 
 

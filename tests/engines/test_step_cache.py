@@ -83,6 +83,11 @@ def test_where_there_is_no_line_the_last_prediction_stays(sigmas: Sequence[float
     assert torch.equal(remembered.carried_on(0.5), torch.full((2,), len(sigmas) - 1.0))
 
 
+def test_where_no_noise_is_left_nothing_moves() -> None:
+    latents = torch.ones(1, 16, 2, 4, 4)
+    assert torch.equal(velocity_towards(torch.zeros_like(latents), latents, 0.0), torch.zeros_like(latents))
+
+
 def test_where_all_steps_run_it_is_the_ordinary_path_to_the_bit(core: EngineCore) -> None:
     plain, _ = render(core, SHOT)
     every, told = render(core, replace(SHOT, run_steps=SHOT.steps))
