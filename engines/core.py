@@ -52,7 +52,7 @@ from cinecat.engines.slots import StyleSlots, other_targets
 from cinecat.engines.tokens.adaptive import AdaptiveTokens
 from cinecat.engines.tokens.budget import step_tokens
 from cinecat.engines.tokens.grid import Grid
-from cinecat.engines.tokens.schedule import RUNGS, rung_tokens
+from cinecat.engines.tokens.schedule import RUNGS, rung_tokens, spread_steps
 from cinecat.engines.variants import Variant, fuse_variant
 from cinecat.engines.wardrobe import CatAdapter, Outfit, Wardrobe
 
@@ -261,6 +261,7 @@ class EngineCore:
             grid=grid,
             tiling=tiling,
             tokens=AdaptiveTokens.of(shot.cat, grid, len(scheduler.timesteps)) if shot.cat else None,
+            runs=_runs(shot),
         )
         if checkpoint is not None:
             notes += request.take_up(checkpoint)
@@ -308,6 +309,7 @@ class EngineCore:
             keep_ratio=request.keep_ratio,
             prediction=None if request.tokens is None else request.tokens.prediction,
             surroundings=request.surroundings,
+            remembered=request.remembered.predictions,
         )
         size = resume.write(path, request.digest, progress)
         return Saved(time.perf_counter() - started, size)
@@ -315,6 +317,8 @@ class EngineCore:
     def _next(self, request: Request) -> StepShape | None:
         if request.step >= len(request.timesteps):
             return None
+        if request.coming_is_cached:
+            return StepShape(request.engine.name, 0)
         count = request.grid.count if request.tokens is None else request.tokens.coming
         most_rows = self._engines.most_rows(request.engine, count)
         return StepShape(request.engine.name, count, count < request.grid.count, most_rows)
@@ -322,7 +326,8 @@ class EngineCore:
     @torch.inference_mode()
     def step(self, job_ids: Sequence[str], previews: Set[str] = frozenset()) -> Stepped:
         """Runs the coming denoising step of every request named, their rows in one forward, or in two with guidance at
-        many tokens (`denoise.TOGETHER_TOKENS`). Requests change once all of it is done, or not at all.
+        many tokens (`denoise.TOGETHER_TOKENS`). A cached step runs none, and asks nothing of other ranks. Requests
+        change once all of it is done, or not at all.
 
         A request alone is computed as ever. In a batch, rounding differs with the number of rows and with the longest
         prompt; the same batches give the same bits.
@@ -339,8 +344,11 @@ class EngineCore:
         self._check_together(job_ids, requests)
         planned = [request.tokens.seconds if request.tokens else 0.0 for request in requests]
         moments, spent = zip(*(request.moment() for request in requests), strict=True)
-        found = requests[0].denoiser.velocities_of(moments)
-        velocities = [guided(each, request.guidance_scale) for each, request in zip(found, requests, strict=True)]
+        if requests[0].coming_is_cached:  # so all are: their shapes are equal
+            velocities = [request.cached_velocity(moment) for request, moment in zip(requests, moments, strict=True)]
+        else:
+            found = requests[0].denoiser.velocities_of(moments)
+            velocities = [guided(each, request.guidance_scale) for each, request in zip(found, requests, strict=True)]
         advances = [
             request.advance(moment, velocity, count)
             for request, moment, velocity, count in zip(requests, moments, velocities, spent, strict=True)
@@ -356,8 +364,7 @@ class EngineCore:
             if isinstance(advance, Failure):
                 answers.append(advance)
                 continue
-            request.latents, request.scheduler = advance.latents, advance.scheduler
-            request.tokens, request.spent = advance.tokens, advance.spent
+            request.take(advance)
             answers.append(
                 RequestStepped(
                     job_id,
@@ -487,6 +494,13 @@ class _Clock:
         cached = all(known for _, known in results)
         self.timings.append(StageTime(stage, time.perf_counter() - started, cached))
         return [tensor for tensor, _ in results]
+
+
+def _runs(shot: Shot) -> frozenset[int] | None:
+    """Steps that run the model; None where all do."""
+    if shot.run_steps is None or shot.run_steps == shot.steps:
+        return None
+    return spread_steps(shot.steps, shot.run_steps)
 
 
 def _state_bound(device: torch.device) -> int:

@@ -151,6 +151,7 @@ class Shot:
         seed: 0 to 2^63 - 1.
         shift: of the noise schedule; None is the model's own.
         cat: None is the uniform path.
+        run_steps: how many steps run the model, 2 to `steps`, while the others carry its predictions on; None for all.
     """
 
     job_id: str
@@ -164,6 +165,15 @@ class Shot:
     styles: tuple[StyleUse, ...]
     shift: float | None = None
     cat: Cat | None = None
+    run_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.run_steps is None:
+            return
+        if not 2 <= self.run_steps <= self.steps:
+            raise ValueError(f"run_steps: {self.run_steps} is not between 2 and {self.steps}")
+        if self.cat is not None:
+            raise ValueError("run_steps: cannot go with cat")
 
 
 @dataclass(frozen=True)
@@ -185,7 +195,7 @@ class StepShape:
 
     Attributes:
         engine: the backend.
-        tokens: of each row.
+        tokens: of each row; 0 for a cached step, which runs no forward.
         merged: whether tokens stand for several patches.
         most_rows: that the engine takes in one forward; 0 for any number.
     """
@@ -430,7 +440,7 @@ class RequestStepped:
 
     Attributes:
         step: how many it has done, of `total`.
-        tokens: that it spent, per forward and row.
+        tokens: that it spent, per forward and row; 0 for a cached step.
         plan_seconds: spent on planning.
         keep_ratio: that the clip is held to; with a target, 1 until it is chosen after the first step.
         next: shape of the coming step; None after the last.

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cinecat.engines import resume, stages
+from cinecat.engines import resume, stages, step_cache
 from cinecat.engines.backends.contract import Engine
 from cinecat.engines.context import Branch
 from cinecat.engines.denoise import Denoiser, Merged, Moment
 from cinecat.engines.messages import Failure
+from cinecat.engines.step_cache import Remembered
 from cinecat.engines.tokens.adaptive import AdaptiveTokens
 from cinecat.engines.tokens.grid import Grid
 from cinecat.engines.vae_tiles import Tiling
@@ -31,6 +32,7 @@ class Advance:
     scheduler: Any
     tokens: AdaptiveTokens | None
     spent: tuple[int, ...]
+    remembered: Remembered
 
 
 @dataclass
@@ -50,13 +52,22 @@ class Request:
     grid: Grid
     tiling: Tiling  # of the VAE's frames
     tokens: AdaptiveTokens | None  # None on the uniform path
-    spent: tuple[int, ...] = ()  # tokens of each step that is done
+    runs: frozenset[int] | None = None  # steps that run the model; None where all do
+    remembered: Remembered = field(
+        default_factory=Remembered
+    )  # what those predicted, after guidance; nothing where all run
+    spent: tuple[int, ...] = ()  # tokens of each step that is done; 0 where it was cached
     decoder: stages.Decoder | None = None
 
     @property
     def step(self) -> int:
         """How many are done."""
         return len(self.spent)
+
+    @property
+    def coming_is_cached(self) -> bool:
+        """Whether the coming step runs no forward."""
+        return self.runs is not None and self.step not in self.runs
 
     @property
     def keep_ratio(self) -> float:
@@ -73,21 +84,31 @@ class Request:
         wears = 1 if self.tokens is None or self.outfit.whole == self.outfit.merged else 2
         size = self.latents.nbytes + self.condition.nbytes + resume.solver_bytes(self.scheduler, self.latents)
         size += sum(self.denoiser.context_bytes(branch, wears) for branch in self.branches)
+        if self.runs is not None:
+            size += step_cache.state_bytes(self.latents)
         return size if self.tokens is None else size + self.tokens.state_bytes(self.latents)
 
     def moment(self) -> tuple[Moment, int]:
-        """What the coming step is predicted from, and its tokens."""
+        """What the coming step is predicted from, and its tokens; 0 for a cached one."""
         merged, worn = None, self.outfit.whole
         if self.tokens is not None and (plan := self.tokens.plan()) is not None and self.tokens.prediction is not None:
             merged, worn = Merged(plan, self.tokens.prediction), self.outfit.merged
         moment = Moment(self.latents, self.condition, self.timesteps[self.step], self.branches, worn, merged)
+        if self.coming_is_cached:
+            return moment, 0
         return moment, self.grid.count if merged is None else merged.plan.tokens
+
+    def cached_velocity(self, moment: Moment) -> Tensor:
+        """The velocity of a cached step: [1, 16, T, H, W], float32, after guidance as what it is made from."""
+        clean = self.remembered.carried_on(moment.sigma)
+        return step_cache.velocity_towards(clean, self.latents, moment.sigma)
 
     def _go_on(self, progress: resume.Progress) -> None:
         """Goes on from what steps had made."""
         self.latents, self.spent = progress.latents, progress.spent
         for name, value in progress.solver.items():
             setattr(self.scheduler, name, value)
+        self.remembered = Remembered(progress.remembered)
         if self.tokens is not None:
             self.tokens.prediction, self.tokens.keep_ratio = progress.prediction, progress.keep_ratio
             self.tokens.spent = list(progress.spent)
@@ -104,7 +125,16 @@ class Request:
         tokens = self.tokens
         if tokens is not None:
             tokens = tokens.observed(self.latents, velocity, moment.sigma, spent)
-        return Advance(latents, scheduler, tokens, (*self.spent, spent))
+        remembered = self.remembered
+        if self.runs is not None and not self.coming_is_cached:
+            clean = (self.latents - moment.sigma * velocity).to(torch.float32)
+            remembered = remembered.with_step(moment.sigma, clean)
+        return Advance(latents, scheduler, tokens, (*self.spent, spent), remembered)
+
+    def take(self, advance: Advance) -> None:
+        """Makes it what a step has made of it."""
+        self.latents, self.scheduler, self.tokens = advance.latents, advance.scheduler, advance.tokens
+        self.spent, self.remembered = advance.spent, advance.remembered
 
     def take_up(self, checkpoint: Path) -> tuple[str, ...]:
         """Goes on from a checkpoint where there is one, and says what the caller may want to know."""
@@ -112,6 +142,8 @@ class Request:
             return ()
         try:
             progress = resume.read(checkpoint, self.digest, self.latents, self.scheduler)
+            if self.runs is not None and not progress.remembered:
+                raise resume.NoCheckpoint("it remembers no prediction")
         except resume.NoCheckpoint as reason:
             log.warning("%s cannot be gone on from, all steps begin anew: %s", checkpoint, reason)
             return ("checkpoint: it cannot be gone on from, all steps began anew",)

@@ -40,6 +40,7 @@ SOLVER_STATE: Mapping[str, tuple[str, ...]] = {
 """Attributes of diffusers' solvers that a step changes; `set_timesteps` makes all others. A test holds them to it."""
 
 _LATENTS, _PREDICTION = "latents", "prediction"
+_REMEMBERED = "remembered.{}"
 _MOST_STATES = 16
 """Tensors as large as the latents that a file may hold; solvers of the highest order hold four."""
 
@@ -59,6 +60,7 @@ class Progress:
         keep_ratio: that the clip is held to.
         prediction: of the clean latents by the last step, [1, 16, T, H, W]; None on the uniform path.
         surroundings: what rounding depends on besides, such as the engine, by name.
+        remembered: sigmas and clean latents of `step_cache.Remembered`; empty where all steps run the model.
     """
 
     latents: Tensor
@@ -67,6 +69,7 @@ class Progress:
     keep_ratio: float
     prediction: Tensor | None
     surroundings: Mapping[str, str]
+    remembered: tuple[tuple[float, Tensor], ...] = ()
 
 
 def shot_digest(shot: Shot, model: Sequence[str], solver: Any) -> str:
@@ -117,12 +120,14 @@ def write(path: Path, digest: str, progress: Progress) -> int:
     tensors = {_LATENTS: progress.latents}
     if progress.prediction is not None:
         tensors[_PREDICTION] = progress.prediction
+    tensors |= {_REMEMBERED.format(index): clean for index, (_, clean) in enumerate(progress.remembered)}
     state = json.dumps(
         {
             "solver": _taken_apart(progress.solver, tensors),
             "spent": progress.spent,
             "keep_ratio": progress.keep_ratio,
             "surroundings": dict(progress.surroundings),
+            "remembered_sigmas": [sigma for sigma, _ in progress.remembered],
         }
     )
     # Tensors that share memory would be refused.
@@ -179,11 +184,17 @@ def read(path: Path, digest: str, latents: Tensor, solver: Any) -> Progress:
             keep_ratio=float(state["keep_ratio"]),
             prediction=placed.get(_PREDICTION),
             surroundings={str(name): str(value) for name, value in state["surroundings"].items()},
+            remembered=tuple(
+                (float(sigma), placed[_REMEMBERED.format(index)])
+                for index, sigma in enumerate(state["remembered_sigmas"])
+            ),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise NoCheckpoint(f"it is damaged: {error}") from error
     if any(tensor.dim() and tensor.shape != latents.shape for tensor in tensors.values()):
         raise NoCheckpoint("its tensors are not of the clip's size")
+    if len(progress.remembered) > 2:
+        raise NoCheckpoint("it remembers too many steps")
     if not 0 < len(progress.spent) <= len(solver.timesteps):
         raise NoCheckpoint("its steps are not those of the clip")
     return progress

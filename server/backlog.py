@@ -243,7 +243,7 @@ class Backlog:
             phase=rendering.phase,
             shape=rendering.next or self._first_shape(rendering),
             rows=rendering.rows,
-            steps_left=job.clip.steps - job.progress.step,
+            steps_left=sum(tokens > 0 for tokens in rendering.expected_tokens()[job.progress.step :]),
             begin_seconds=self._costs.seconds("condition", pixel_frames(job.clip)) or 0.0,
             state_bytes=rendering.state_bytes or round(self._bytes_per_pixel * pixel_frames(job.clip)),
             wears_style=entry.wears_style,

@@ -39,7 +39,11 @@ class Costs:
         self._seconds_per_unit[work] = known + _NEWEST * (rate - known)
 
     def observe_step(self, shape: StepShape, rows: int, seconds: float) -> None:
-        """Learns from a step of one or more requests that have so many rows together."""
+        """Learns from a step of one or more requests that have so many rows together. A cached step tells nothing: it
+        has no tokens to cost.
+        """
+        if not shape.tokens:
+            return
         self.observe("step", shape.tokens * rows, seconds)
         self._forwards.setdefault((shape, rows), deque(maxlen=_REMEMBERED + _WARM_UP)).append(seconds)
 
@@ -57,7 +61,7 @@ class Costs:
         """Seconds of engine time until a job is done, by how far it is. None when there is nothing to judge by.
 
         Args:
-            step_tokens: of every step of the clip.
+            step_tokens: of every step of the clip; 0 for a cached one, which costs next to nothing.
         """
         clip, progress = job.clip, job.progress
         pixels = pixel_frames(clip)

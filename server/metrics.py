@@ -120,6 +120,9 @@ class Metrics:
             "communication_bytes", "What the first rank of a replica sent to the others."
         )
         self.step_jobs = histogram("step_jobs", "Jobs that shared one step.", buckets=(1, 2, 3, 4, 6, 8, 16))
+        self.cached_steps = counter(
+            "cached_steps", "Denoising steps of jobs that ran no model, but carried its last predictions on."
+        )
         self.engine_steps = counter("engine_steps", "Denoising steps of jobs by the backend that ran them.", "engine")
         self.tokens = counter("tokens", "Tokens that were denoised, of all rows and steps.", "tokenization")
         self.tokens_uniform = counter(
@@ -245,6 +248,9 @@ class Metrics:
         """A step of jobs that shared a forward."""
         seconds = stepped.seconds
         self.communicated(stepped)
+        if not shape.tokens:
+            self.cached_steps.inc(len(clips))
+            return
         # Rows of one shape are of one path: a CAT clip that keeps all its tokens may share with a uniform one.
         tokenization = tokenization_name(clips[0])
         self.step_seconds.labels(tokenization, tokens_label(shape.tokens), jobs_label(len(clips))).observe(seconds)

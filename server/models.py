@@ -77,11 +77,17 @@ def token_grid(model: models_pb2.Model, clip: clip_pb2.ClipSpec) -> Grid:
 
 
 def tokens_of_steps(grid: Grid, clip: clip_pb2.ClipSpec) -> tuple[int, ...]:
-    """Tokens per forward that each step of an accepted clip will spend. A clip with a quality to hold spends at most
-    these: its keep ratio is known when its first step is done.
+    """Tokens per forward that each step of an accepted clip will spend, 0 where it is cached. A clip with a quality to
+    hold spends at most these: its keep ratio is known when its first step is done.
     """
     budget = clip.tokenization.WhichOneof("budget")
-    return step_tokens(grid, clip.steps, clip.tokenization.keep_ratio if budget == "keep_ratio" else 1.0)
+    keep_ratio = clip.tokenization.keep_ratio if budget == "keep_ratio" else 1.0
+    return step_tokens(grid, clip.steps, keep_ratio, run_steps_of(clip))
+
+
+def run_steps_of(clip: clip_pb2.ClipSpec) -> int | None:
+    """How many steps of an accepted clip run the model; None for all."""
+    return clip.run_steps if clip.HasField("run_steps") else None
 
 
 def _frames_within(max_tokens: int) -> int:

@@ -39,7 +39,7 @@ class Task:
         arrival: as the deadline.
         shape: of the coming step; of a waiting job, the one that is expected. None where there is none.
         rows: of a forward that are its.
-        steps_left: until it is denoised.
+        steps_left: that run the model, until it is denoised.
         begin_seconds: that letting it in will take; 0 where that is not known.
         state_bytes: that it holds in the core, or will.
         wears_style: whether it needs a style slot.
@@ -171,8 +171,12 @@ def _rank(task: Task, snapshot: Snapshot) -> tuple[bool, float, float, float, st
 
 def _quantum(task: Task, resident: Sequence[Task], invited: Sequence[Task], snapshot: Snapshot) -> Decision:
     """What a resident job does next, in company where that is quicker."""
-    if task.phase is Phase.DECODING or task.alone or task.shape is None:
+    if task.phase is Phase.DECODING or task.alone or task.shape is None or _is_cached(task):
         return _alone(task)
+    # It costs next to nothing, and brings the other to a step that the two may share.
+    for other in resident:
+        if other.interactive == task.interactive and other.phase is Phase.DENOISING and _is_cached(other):
+            return _alone(other)
     mates = [mate for mate in resident if _may_join(mate, task) and mate.phase is Phase.DENOISING]
     together = [task, *mates]
     if _worth_together(together, snapshot) == len(together):
@@ -188,6 +192,11 @@ def _quantum(task: Task, resident: Sequence[Task], invited: Sequence[Task], snap
 
 def _alone(task: Task) -> Decision:
     return DecodeChunk(task.job_id) if task.phase is Phase.DECODING else Advance((task.job_id,))
+
+
+def _is_cached(task: Task) -> bool:
+    """Whether its coming step runs no forward."""
+    return task.shape is not None and not task.shape.tokens
 
 
 def _may_join(other: Task, task: Task) -> bool:

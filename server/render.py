@@ -45,7 +45,7 @@ from cinecat.server.inputs import JobInputs
 from cinecat.server.jobs import Jobs
 from cinecat.server.live_job import LiveJob, StepRecord
 from cinecat.server.metrics import Metrics
-from cinecat.server.models import token_grid
+from cinecat.server.models import run_steps_of, token_grid
 from cinecat.server.patience import Patience
 from cinecat.server.policy import Phase
 from cinecat.server.profiles import next_profile, note_profile
@@ -115,7 +115,7 @@ class Renderer:
             await rendering.denoising()
         wanted = frozenset(each.live.job_id for each in renderings if each.wants_preview)
         ids = tuple(each.live.job_id for each in renderings)
-        path = next_profile(self.profile_dir, renderings[0].live) if len(renderings) == 1 else ""
+        path = next_profile(self.profile_dir, renderings[0].live) if len(renderings) == 1 and shape.tokens else ""
         stepped = await renderings[0].core.call(Step(ids, wanted, path), Stepped)
         if path:
             await note_profile(renderings[0].live, path)
@@ -201,7 +201,8 @@ class Rendering:
     def expected_tokens(self) -> tuple[int, ...]:
         """Tokens of every step, as far as can be told now."""
         clip = self.live.job.clip
-        return _step_tokens(token_grid(self._renderer.model, clip), clip.steps, self._keep_ratio)
+        grid = token_grid(self._renderer.model, clip)
+        return _step_tokens(grid, clip.steps, self._keep_ratio, run_steps_of(clip))
 
     async def begin(self) -> None:
         """Encodes the inputs in its replica's core, and takes up the checkpoint where there is one.
@@ -229,6 +230,7 @@ class Rendering:
             styles=await asyncio.to_thread(r.catalogue.uses, clip.styles, r.inputs.weights),
             shift=clip.shift if clip.HasField("shift") else None,
             cat=_cat(clip.tokenization),
+            run_steps=run_steps_of(clip),
         )
         self._stop_if_asked()
         conditioned = await replica.core.call(Condition(shot, str(r.checkpoints.path(live.job_id))), Conditioned)
@@ -453,8 +455,8 @@ class Rendering:
 
 
 @lru_cache(maxsize=1024)
-def _step_tokens(grid: Grid, steps: int, keep_ratio: float) -> tuple[int, ...]:
-    return step_tokens(grid, steps, keep_ratio)
+def _step_tokens(grid: Grid, steps: int, keep_ratio: float, run_steps: int | None) -> tuple[int, ...]:
+    return step_tokens(grid, steps, keep_ratio, run_steps)
 
 
 def _cat(tokenization: clip_pb2.Tokenization) -> Cat | None:

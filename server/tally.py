@@ -42,6 +42,7 @@ class Tally:
             engine=self.engine,
             step_tokens=self.step_tokens,
             keep_ratio=mean / self.tokens_uniform,
+            run_steps=sum(tokens > 0 for tokens in self.step_tokens),
         )
         for timing in self.timings:
             entry = result.timings.add(stage=pb.Stage.Value(f"STAGE_{timing.stage.upper()}"), cached=timing.cached)

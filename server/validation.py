@@ -81,6 +81,7 @@ def check_clip(
         *size,
         *_numbers(clip, resolved, model.limits),
         *_choices(clip, resolved),
+        *_run_steps(clip, resolved),
         *_tokenization(clip.tokenization, resolved, model, None if size else token_grid(model, resolved)),
         *_styles(clip, resolved, model, catalogue, worn),
         *_image_bytes(clip, model.limits),
@@ -89,7 +90,7 @@ def check_clip(
         raise invalid(violations)
     active = [style for style, ref in zip(worn, resolved.styles, strict=True) if ref.strength]
     style_notes = apply_style_defaults(clip, resolved, active, model.limits)
-    if violations := _prompts_in_templates(resolved, model.limits):
+    if violations := [*_prompts_in_templates(resolved, model.limits), *_more_than_all(resolved)]:
         raise invalid(violations)
     try:
         image = decode_image(
@@ -210,6 +211,29 @@ def _numbers(clip: clip_pb2.ClipSpec, resolved: clip_pb2.ClipSpec, limits: model
     return violations
 
 
+def _run_steps(clip: clip_pb2.ClipSpec, resolved: clip_pb2.ClipSpec) -> list[Violation]:
+    """How many steps there are is known for certain only after styles had their say, unless the request tells."""
+    if not clip.HasField("run_steps"):
+        return []
+    resolved.run_steps = clip.run_steps
+    violations = []
+    if clip.run_steps < 2:
+        few = f"{clip.run_steps} is not 2 or more; leave it unset to run the model in all steps"
+        violations.append(Violation("clip.run_steps", few))
+    if clip.tokenization.mode == clip_pb2.Tokenization.CAT:
+        violations.append(Violation("clip.run_steps", "cannot go with tokenization CAT; leave one of them unset"))
+    if clip.HasField("steps"):
+        violations += _more_than_all(resolved)
+    return violations
+
+
+def _more_than_all(resolved: clip_pb2.ClipSpec) -> list[Violation]:
+    if resolved.run_steps <= resolved.steps:
+        return []
+    more = f"{resolved.run_steps} is more than the clip's {resolved.steps} steps; leave it unset to run all of them"
+    return [Violation("clip.run_steps", more)]
+
+
 def _tokenization(
     asked: clip_pb2.Tokenization, resolved: clip_pb2.ClipSpec, model: models_pb2.Model, grid: Grid | None
 ) -> list[Violation]:
@@ -244,6 +268,8 @@ def _tokenization(
 def _lossy(resolved: clip_pb2.ClipSpec, model: models_pb2.Model) -> list[str]:
     """Notes for a clip whose result is not what the uniform path would give."""
     tokenization = resolved.tokenization
+    if resolved.HasField("run_steps") and resolved.run_steps < resolved.steps:
+        return [f"steps: caching is lossy; {resolved.run_steps} of {resolved.steps} steps run the model"]
     if tokenization.mode != clip_pb2.Tokenization.CAT:
         return []
     if tokenization.WhichOneof("budget") == "target_psnr_db":

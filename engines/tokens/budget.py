@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from cinecat.engines.tokens.grid import Grid
-from cinecat.engines.tokens.schedule import LEAST_KEEP_RATIO, rung_tokens, step_rungs
+from cinecat.engines.tokens.schedule import LEAST_KEEP_RATIO, rung_tokens, spread_steps, step_rungs
 
 KEEP_RATIOS = (0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 """Of clips that hold a quality, one of these."""
@@ -19,9 +19,15 @@ to `cinecat bench tokens`, one model at a time: a target is a wish, not a promis
 """
 
 
-def step_tokens(grid: Grid, steps: int, keep_ratio: float) -> tuple[int, ...]:
-    """Tokens of every step of a clip, per row."""
-    return tuple(rung_tokens(grid, rung) for rung in step_rungs(steps, keep_ratio))
+def step_tokens(grid: Grid, steps: int, keep_ratio: float, run_steps: int | None = None) -> tuple[int, ...]:
+    """Tokens of every step of a clip, per row.
+
+    Args:
+        run_steps: how many steps run the model, the others spend none; None for all.
+    """
+    runs = spread_steps(steps, steps if run_steps is None else run_steps)
+    rungs = enumerate(step_rungs(steps, keep_ratio))
+    return tuple(rung_tokens(grid, rung) if step in runs else 0 for step, rung in rungs)
 
 
 def least_keep_ratio(grid: Grid) -> float:

@@ -26,6 +26,7 @@ from cinecat.engines.context import Branch
 from cinecat.engines.denoise import Denoiser, EngineBlocks, Merged, guided
 from cinecat.engines.model import WanModel, load_model, synchronize
 from cinecat.engines.slots import NO_STYLE, StyleSlots, Worn
+from cinecat.engines.step_cache import Remembered, velocity_towards
 from cinecat.engines.tokens import path
 from cinecat.engines.tokens.adaptive import AdaptiveTokens
 from cinecat.engines.tokens.grid import Grid
@@ -173,7 +174,7 @@ def sample(parts: Parts, start: Start, steps: int, policy: Policy) -> Sampled:
         sigma = float(timestep) / 1000.0
         decision = policy.decide(step, sigma)
         if isinstance(decision, Reuse):
-            velocity, tokens = (latents - decision.clean) / sigma, 0
+            velocity, tokens = velocity_towards(decision.clean, latents, sigma), 0
         else:
             if decision.coarse and step == 0:
                 latents = _low_band(start.noise, start.noise.shape[3] // 2, start.noise.shape[4] // 2)
@@ -270,27 +271,16 @@ class StepCache:
 
     runs: frozenset[int]
     reuse: Literal["clean", "change"] = "change"
-    _seen: list[tuple[float, Tensor]] = field(default_factory=list)
+    _seen: Remembered = field(default_factory=Remembered)
 
     def decide(self, step: int, sigma: float) -> Forward | Reuse:
-        if step in self.runs or not self._seen:
+        if step in self.runs or not self._seen.predictions:
             return Forward()
-        last_sigma, last = self._seen[-1]
-        if self.reuse == "clean" or len(self._seen) < 2:
-            return Reuse(last)
-        before_sigma, before = self._seen[-2]
-        return Reuse(last + (last - before) * (sigma - last_sigma) / (last_sigma - before_sigma))
+        return Reuse(self._seen.last if self.reuse == "clean" else self._seen.carried_on(sigma))
 
     def observe(self, latents: Tensor, velocity: Tensor, sigma: float, tokens: int) -> None:
         if tokens:
-            self._seen = [*self._seen[-1:], (sigma, latents - sigma * velocity)]
-
-
-def spread_steps(steps: int, runs: int) -> frozenset[int]:
-    """`runs` of the steps, the first and the last among them, as evenly spread as they can be."""
-    if runs == 1:
-        return frozenset([0])
-    return frozenset(round(number * (steps - 1) / (runs - 1)) for number in range(runs))
+            self._seen = self._seen.with_step(sigma, latents - sigma * velocity)
 
 
 def late_steps(steps: int, runs: int) -> frozenset[int]:

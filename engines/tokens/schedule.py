@@ -15,6 +15,17 @@ MULTIPLE = 8
 LEAST_KEEP_RATIO = 0.125
 
 
+def spread_steps(steps: int, runs: int) -> frozenset[int]:
+    """`runs` of the steps, the first and the last among them, as evenly spread as they can be.
+
+    Args:
+        runs: 1 to `steps`; a single one is the first.
+    """
+    if runs == 1:
+        return frozenset([0])
+    return frozenset(round(number * (steps - 1) / (runs - 1)) for number in range(runs))
+
+
 def rung_tokens(grid: Grid, rung: float) -> int:
     """Tokens of a step at a rung, within what the grid allows."""
     return min(grid.count, max(grid.least, math.ceil(grid.count * rung / MULTIPLE) * MULTIPLE))

@@ -40,9 +40,8 @@ from cinecat.engines.tokens.samplers import (
     late_steps,
     resized,
     sample,
-    spread_steps,
 )
-from cinecat.engines.tokens.schedule import rung_tokens
+from cinecat.engines.tokens.schedule import rung_tokens, spread_steps
 from cinecat.engines.training.film import HELD_OUT, Clip, make_clip
 from cinecat.engines.training.scenes import OPEN_KINDS
 

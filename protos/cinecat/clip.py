@@ -47,7 +47,8 @@ class Artifact:
 class ClipSettings:
     """What a clip is made from, with every default filled in. Sizes in pixels, `fps` in frames per second. `prompt` is
     what the model reads; with `prompt_as_is`, asking for it again changes nothing about it. With `tokenization`
-    "cat", one of `asked_keep_ratio` and `target_psnr_db` is what limits its tokens.
+    "cat", one of `asked_keep_ratio` and `target_psnr_db` is what limits its tokens. `run_steps` is how many steps
+    run the model; None for all.
     """
 
     model: str
@@ -67,6 +68,7 @@ class ClipSettings:
     prompt_as_is: bool = False
     asked_keep_ratio: float | None = None
     target_psnr_db: float | None = None
+    run_steps: int | None = None
 
     @property
     def style(self) -> str:
@@ -80,14 +82,16 @@ class Clip(ClipSettings):
 
     `timings` gives seconds per stage; the stages in `cached` were not done because their result was known. Tokens are
     per forward of the denoiser: `step_tokens` in each step, `tokens_used` their mean, `keep_ratio` that mean over
-    `tokens_uniform`. Below 1 the clip is an approximation of what the uniform path would have made. `data` holds the
-    first artifact when it was fetched into memory, `path` where it was saved; both are None when it was not fetched.
+    `tokens_uniform`. Below 1 the clip is an approximation of what the uniform path would have made. A step of 0 tokens
+    was cached: it did not run the model, as `steps_run` steps did. `data` holds the first artifact when it was fetched
+    into memory, `path` where it was saved; both are None when it was not fetched.
     """
 
     job_id: str
     tokens_used: int
     tokens_uniform: int
     step_tokens: tuple[int, ...]
+    steps_run: int
     keep_ratio: float
     engine: str
     timings: dict[str, float]
@@ -169,6 +173,8 @@ def clip_from_proto(job: job_pb2.Job) -> Clip:
         tokens_used=result.tokens_used,
         tokens_uniform=result.tokens_uniform,
         step_tokens=tuple(result.step_tokens),
+        # A server older than step caching ran them all.
+        steps_run=result.run_steps or len(result.step_tokens),
         # A server older than CAT reports none.
         keep_ratio=result.keep_ratio or 1.0,
         engine=result.engine,
@@ -236,6 +242,7 @@ def _settings(clip: clip_pb2.ClipSpec) -> dict[str, Any]:
         "prompt_as_is": clip.prompt_as_is,
         "asked_keep_ratio": clip.tokenization.keep_ratio if budget == "keep_ratio" else None,
         "target_psnr_db": clip.tokenization.target_psnr_db if budget == "target_psnr_db" else None,
+        "run_steps": clip.run_steps if clip.HasField("run_steps") else None,
     }
 
 

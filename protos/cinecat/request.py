@@ -40,8 +40,9 @@ class ClipArguments(TypedDict, total=False):
     ("832x480") or `width` and `height`. `frames` is 4k + 1; `fps` is in frames per second. `guidance` of 1 or less
     switches guidance off. `shift` is of the noise schedule, 0.01 to 100. `prompt_as_is` keeps the styles' prompt
     templates away from the prompt. `seed` is 0 to 2^63 - 1. `tokenization="cat"` shares tokens between redundant
-    regions, within `keep_ratio` (above 0, at most 1) or down to `target_psnr_db`. `artifacts` are the files to write;
-    the first one is the clip that `generate` fetches.
+    regions, within `keep_ratio` (above 0, at most 1) or down to `target_psnr_db`. `run_steps` is how many of the
+    steps run the model, 2 to `steps`, while the others carry its predictions on; lossy, and not with "cat". `artifacts`
+    are the files to write; the first one is the clip that `generate` fetches.
     """
 
     image: Required["image.ImageArgument"]
@@ -57,6 +58,7 @@ class ClipArguments(TypedDict, total=False):
     frames: int | None
     fps: float | None
     steps: int | None
+    run_steps: int | None
     guidance: float | None
     shift: float | None
     seed: int | None
@@ -189,10 +191,19 @@ def _set_numbers(clip: clip_pb2.ClipSpec, arguments: ClipArguments, violations: 
     fps = _number("clip.fps", arguments.get("fps"), violations)
     if fps is not None and fps <= 0:
         violations.append(FieldViolation("clip.fps", f"{fps} is not above 0"))
+    steps = _integer("clip.steps", arguments.get("steps"), 1, _MAX_INT32, violations)
+    run_steps = _integer("clip.run_steps", arguments.get("run_steps"), 2, _MAX_INT32, violations)
+    if run_steps is not None:
+        if steps is not None and run_steps > steps:
+            more = f"{run_steps} is more than the {steps} steps; leave it out to run all of them"
+            violations.append(FieldViolation("clip.run_steps", more))
+        if arguments.get("tokenization") == "cat":
+            violations.append(FieldViolation("clip.run_steps", "cannot go with tokenization 'cat'; give one of them"))
     numbers = {
         "frames": frames,
         "fps": fps,
-        "steps": _integer("clip.steps", arguments.get("steps"), 1, _MAX_INT32, violations),
+        "steps": steps,
+        "run_steps": run_steps,
         "guidance_scale": _number("clip.guidance_scale", arguments.get("guidance"), violations),
         "shift": _number("clip.shift", arguments.get("shift"), violations),
         "seed": _integer("clip.seed", arguments.get("seed"), 0, _MAX_SEED, violations),

@@ -42,8 +42,12 @@ ENGINE = Row(
         ),
         Panel(
             "Steps per second, by the engine that ran them",
-            "torch beside another engine: that one is being built, or is not built for the sizes asked for.",
-            (Query("sum by (engine) (rate(cinecat_engine_steps_total{@}[5m]))", "{{engine}}"),),
+            "torch beside another engine: that one is being built, or is not built for the sizes asked for. Cached "
+            "steps ran on none.",
+            (
+                Query("sum by (engine) (rate(cinecat_engine_steps_total{@}[5m]))", "{{engine}}"),
+                Query("sum(rate(cinecat_cached_steps_total{@}[5m]))", "cached"),
+            ),
             "suffix: steps/s",
             width=12,
             stacked=True,

@@ -109,6 +109,20 @@ def test_a_quality_to_hold_reaches_the_request(script: Script, shot: Path, tmp_p
     assert "(lossy) 12/24 tokens" in capsys.readouterr().out
 
 
+def test_how_many_steps_run_reaches_the_request_and_is_told(
+    script: Script, shot: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    done = succeeded(1)
+    done.job.clip.steps, done.job.result.run_steps = 4, 2
+    script.generate.append([done])
+    script.download.append(WHOLE)
+    arguments = ["generate", str(shot), "-p", "a cat", "-o", str(tmp_path / "o.mp4")]
+    assert run([*arguments, "--steps", "4", "--run-steps", "2"]) == 0
+    (request,) = script.requests(generation_pb2.GenerateRequest)
+    assert (request.clip.steps, request.clip.run_steps) == (4, 2)
+    assert "2 of 4 steps run" in capsys.readouterr().out
+
+
 def test_the_frames_are_saved_too(script: Script, shot: Path, tmp_path: Path, capsys: Captured) -> None:
     script.generate.append([succeeded(1)])
     script.download.extend([WHOLE, [chunk(0, len(FRAMES), FRAMES)]])

@@ -77,6 +77,14 @@ def test_a_job_tells_what_was_asked_of_cat(script: Script, twin: Twin, budget: s
     assert told == {"asked_keep_ratio": None, "target_psnr_db": None} | {asked: 0.25}
 
 
+def test_a_job_tells_how_many_steps_were_to_run_and_did(script: Script, twin: Twin) -> None:
+    assert twin.call("job", "job-1").settings.run_steps is None
+    assert twin.call("job", "job-1").clip.steps_run == 4  # of a server that does not say
+    script.finished_job.clip.run_steps = script.finished_job.result.run_steps = 2
+    told = twin.call("job", "job-1")
+    assert (told.settings.run_steps, told.clip.steps_run) == (2, 2)
+
+
 def test_the_clip_is_saved_and_nothing_else_is_left_beside_it(script: Script, twin: Twin, tmp_path: Path) -> None:
     script.generate.append([succeeded(1)])
     script.download.append(WHOLE)

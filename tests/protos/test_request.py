@@ -23,6 +23,19 @@ def build(**changes: Any) -> clip_pb2.ClipSpec:
     return build_clip(**({"image": PNG, "prompt": "a cat"} | changes))
 
 
+def test_steps_that_run_reach_their_field() -> None:
+    assert build(steps=12, run_steps=6) == clip_pb2.ClipSpec(image=PNG, prompt="a cat", steps=12, run_steps=6)
+    assert build(run_steps=6).run_steps == 6
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"run_steps": 1}, {"run_steps": 2.5}, {"steps": 4, "run_steps": 5}, {"run_steps": 4, "tokenization": "cat"}],
+)
+def test_steps_that_cannot_run_are_refused(wrong: dict[str, Any]) -> None:
+    assert refused_fields(**wrong) == ["clip.run_steps"]
+
+
 def refused_fields(**changes: Any) -> list[str]:
     with pytest.raises(InvalidRequest) as caught:
         build(**changes)

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cinecat.engines.messages import StepShape
 from cinecat.server.costs import Costs, token_rows
 from cinecat.v1 import job_pb2 as pb
 from tests.server.samples import new_job
@@ -66,6 +67,13 @@ def test_a_guided_step_counts_twice(costs: Costs) -> None:
     guided.clip.guidance_scale = 3.0
     assert token_rows(guided.clip, TOKENS) == 2 * TOKENS
     assert costs.remaining(guided, UNIFORM) == pytest.approx(22.0)
+
+
+def test_a_cached_step_is_no_work_and_teaches_nothing(costs: Costs) -> None:
+    costs.observe_step(StepShape("torch", 0), 1, 0.001)
+    assert costs.seconds("step", TOKENS) == 3.0
+    assert costs.remaining(job_in(pb.JOB_STATE_DENOISING), (TOKENS, 0)) == pytest.approx(13.0)
+    assert costs.remaining(job_in(pb.JOB_STATE_DENOISING, step=1), (TOKENS, 0)) == pytest.approx(10.0)
 
 
 def test_a_step_that_spends_fewer_tokens_takes_less(costs: Costs) -> None:

@@ -74,6 +74,9 @@ def test_the_steps_of_a_clip_spend_what_its_tokenization_says() -> None:
     grid = token_grid(model(), clip)
     assert grid == Grid(5, 6, 8)
     assert tokens_of_steps(grid, clip) == (240,) * 4
+    clip.run_steps = 2
+    assert tokens_of_steps(grid, clip) == (240, 0, 0, 240)
+    clip.ClearField("run_steps")
     clip.tokenization.keep_ratio = 0.5
     first, *others = tokens_of_steps(grid, clip)
     assert first == 240

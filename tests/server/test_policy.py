@@ -71,6 +71,14 @@ def test_rows_go_together_where_that_was_measured_to_pay() -> None:
     assert by_step(snapshot(*mates, times={1: 1.0, 2: 2.0, 3: 3.0})) == Advance(("0",))
 
 
+def test_a_cached_step_comes_first_and_alone_so_that_the_next_one_can_be_shared() -> None:
+    cached = replace(RUNNING, job_id="cached", deadline=20.0, shape=StepShape("torch", 0))
+    assert by_step(snapshot(RUNNING, cached, times={1: 1.0})) == Advance(("cached",))
+    assert by_step(snapshot(cached, replace(cached, job_id="other"), times={1: 1.0})) == Advance(("cached",))
+    batch = replace(cached, interactive=False)
+    assert by_step(snapshot(RUNNING, batch, times={1: 1.0})) == Advance(("running",))
+
+
 def test_what_was_not_measured_is_measured_one_size_at_a_time() -> None:
     mates = [replace(RUNNING, job_id=f"{number}") for number in range(4)]
     assert by_step(snapshot(*mates, times={})) == Advance(("0",))

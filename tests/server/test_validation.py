@@ -78,6 +78,9 @@ def styles(*references: tuple[str, float | None]) -> list[Message]:
         ("frames", 10**6, "clip.frames", "nearest: 4093"),
         ("steps", 0, "clip.steps", "between 1 and 200"),
         ("steps", 10**6, "clip.steps", "between 1 and 200"),
+        ("run_steps", 1, "clip.run_steps", "1 is not 2 or more; leave it unset"),
+        ("run_steps", -3, "clip.run_steps", "-3 is not 2 or more"),
+        ("run_steps", 9, "clip.run_steps", "9 is more than the clip's 2 steps; leave it unset"),
         ("guidance_scale", math.nan, "clip.guidance_scale", "between 0 and 30"),
         ("guidance_scale", math.inf, "clip.guidance_scale", "between 0 and 30"),
         ("guidance_scale", -0.5, "clip.guidance_scale", "between 0 and 30"),
@@ -203,6 +206,23 @@ def test_cat_is_kept_with_its_budget_and_called_lossy(
     assert all(part in note for part, note in zip(noted, accepted.notes, strict=True))
 
 
+def test_cached_steps_are_kept_and_called_lossy() -> None:
+    accepted = checked(steps=8, run_steps=4)
+    assert accepted.clip.run_steps == 4
+    assert [note for note in accepted.notes if "lossy" in note] == [
+        "steps: caching is lossy; 4 of 8 steps run the model"
+    ]
+    assert not any("lossy" in note for note in checked(steps=8, run_steps=8).notes)
+    assert not checked().clip.HasField("run_steps")
+
+
+def test_cached_steps_with_merged_tokens_or_of_too_few_steps_are_refused() -> None:
+    (both,) = refusal(steps=8, run_steps=4, tokenization={"mode": "CAT"}).violations
+    assert (both.field, "cannot go with tokenization CAT" in both.description) == ("clip.run_steps", True)
+    (few,) = refusal(steps=3, run_steps=4).violations
+    assert (few.field, "4 is more than the clip's 3 steps" in few.description) == ("clip.run_steps", True)
+
+
 def test_an_accepted_clip_of_cat_is_accepted_as_it_is() -> None:
     again = checked(tokenization={"mode": "CAT"}, seed=3, styles=styles(("noir", None))).clip
     resent = clip_pb2.ClipSpec()
@@ -297,6 +317,7 @@ random_clips = st.builds(
     frames=st.none() | st.sampled_from([1, 5, 17, 6]) | INT32,
     fps=st.none() | floats,
     steps=st.none() | st.sampled_from([1, 8]) | INT32,
+    run_steps=st.none() | st.integers(0, 9) | INT32,
     guidance_scale=st.none() | floats,
     seed=st.none() | st.integers(-(2**63), 2**63 - 1),
     tokenization=st.none()

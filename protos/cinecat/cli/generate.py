@@ -30,6 +30,12 @@ def generate(
     size: Annotated[str | None, typer.Option("--size", metavar="WxH", help="Pixels, e.g. 832x480.")] = None,
     frames: Annotated[int | None, typer.Option("--frames", help="Frames in the clip, 4k + 1.")] = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Denoising steps.")] = None,
+    run_steps: Annotated[
+        int | None,
+        typer.Option(
+            "--run-steps", metavar="N", help="Steps that run the model; the others carry its predictions on. Lossy."
+        ),
+    ] = None,
     guidance: Annotated[float | None, typer.Option("--guidance", help="Guidance scale; 1 switches it off.")] = None,
     shift: Annotated[float | None, typer.Option("--shift", help="Shift of the noise schedule.")] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Seed of the noise; drawn when left out.")] = None,
@@ -105,6 +111,7 @@ def generate(
         "size": size,
         "frames": frames,
         "steps": steps,
+        "run_steps": run_steps,
         "guidance": guidance,
         "shift": shift,
         "prompt_as_is": prompt_as_is,
@@ -153,8 +160,13 @@ def describe(clip: Clip) -> str:
     return (
         f"{clip.frames} frames {clip.width}x{clip.height} at {clip.fps:g} fps, seed {clip.seed}, style {clip.style}, "
         f"{clip.tokenization}{' (lossy)' if clip.keep_ratio < 1.0 else ''} {clip.tokens_used}/{clip.tokens_uniform} "
-        f"tokens, {clip.engine}, {seconds:.1f} s"
+        f"tokens, {_steps(clip)}{clip.engine}, {seconds:.1f} s"
     )
+
+
+def _steps(clip: Clip) -> str:
+    """Says where not all steps ran the model."""
+    return f"{clip.steps_run} of {clip.steps} steps run, " if clip.steps_run < clip.steps else ""
 
 
 def _run(generation: Generation, folder: PreviewFolder | None, *, quiet: bool) -> Clip:

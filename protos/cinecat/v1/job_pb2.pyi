@@ -265,6 +265,7 @@ class ClipResult(_message.Message):
     ENGINE_FIELD_NUMBER: _builtins.int
     STEP_TOKENS_FIELD_NUMBER: _builtins.int
     KEEP_RATIO_FIELD_NUMBER: _builtins.int
+    RUN_STEPS_FIELD_NUMBER: _builtins.int
     tokens_used: _builtins.int
     """Transformer tokens per forward, rounded mean over the steps, and what the uniform path would have used."""
     tokens_uniform: _builtins.int
@@ -272,13 +273,17 @@ class ClipResult(_message.Message):
     """The backend that ran the denoiser, e.g. "torch"."""
     keep_ratio: _builtins.float
     """Tokens used / uniform tokens, over all steps. Below 1 the clip is not what the uniform path would have made."""
+    run_steps: _builtins.int
+    """Steps that ran the model; fewer than step_tokens has where some were cached. 0 from a server that does not say."""
     @_builtins.property
     def artifacts(self) -> _containers.RepeatedCompositeFieldContainer[Global___Artifact]: ...
     @_builtins.property
     def timings(self) -> _containers.RepeatedCompositeFieldContainer[Global___StageTiming]: ...
     @_builtins.property
     def step_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Transformer tokens per forward of each step. Steps with fewer than tokens_uniform are approximate (CAT)."""
+        """Transformer tokens per forward of each step. Steps with fewer than tokens_uniform are approximate (CAT), and those
+        with none are cached: they did not run the model.
+        """
 
     def __init__(
         self,
@@ -290,10 +295,11 @@ class ClipResult(_message.Message):
         engine: _builtins.str = ...,
         step_tokens: _abc.Iterable[_builtins.int] | None = ...,
         keep_ratio: _builtins.float = ...,
+        run_steps: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifacts", b"artifacts", "engine", b"engine", "keep_ratio", b"keep_ratio", "step_tokens", b"step_tokens", "timings", b"timings", "tokens_uniform", b"tokens_uniform", "tokens_used", b"tokens_used"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifacts", b"artifacts", "engine", b"engine", "keep_ratio", b"keep_ratio", "run_steps", b"run_steps", "step_tokens", b"step_tokens", "timings", b"timings", "tokens_uniform", b"tokens_uniform", "tokens_used", b"tokens_used"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

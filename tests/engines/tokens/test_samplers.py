@@ -29,8 +29,8 @@ from cinecat.engines.tokens.samplers import (
     decode,
     late_steps,
     sample,
-    spread_steps,
 )
+from cinecat.engines.tokens.schedule import spread_steps
 from cinecat.engines.training.evaluation import Sampling, generate
 
 STEPS = 6
