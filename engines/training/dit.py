@@ -115,11 +115,12 @@ class SelfAttention:
         cosine, sine = rotary_emb[0][..., 0::2], rotary_emb[1][..., 1::2]
 
         def turned(states: Tensor) -> Tensor:
-            first, second = states.unflatten(2, (attention.heads, -1)).unflatten(-1, (-1, 2)).unbind(-1)
+            first, second = states.view(*states.shape[:2], attention.heads, -1, 2).unbind(-1)
             pairs = torch.stack([first * cosine - second * sine, first * sine + second * cosine], dim=-1)
             return pairs.flatten(3).transpose(1, 2)
 
-        value = attention.to_v(hidden_states).unflatten(2, (attention.heads, -1)).transpose(1, 2)
+        value = attention.to_v(hidden_states)
+        value = value.view(*value.shape[:2], attention.heads, -1).transpose(1, 2)
         query = turned(attention.norm_q(attention.to_q(hidden_states))).to(value.dtype)
         key = turned(attention.norm_k(attention.to_k(hidden_states))).to(value.dtype)
         result = attend(query, key, value)

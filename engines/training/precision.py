@@ -14,7 +14,7 @@ def has_fast_bfloat16() -> bool:
 
     On two cores and 2560 x 256 x 768 that is five times as fast as float32; AVX-512 instructions alone are 0.7 times.
     """
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("amx_bf16", False))
 
 
