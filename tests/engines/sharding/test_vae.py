@@ -42,7 +42,7 @@ def whole(case: Case) -> list[list[Tensor]]:
 def assert_equal_to_rounding(case: Case, seen: Seen) -> None:
     """Kernels of convolutions, and with them the order of sums, are chosen by the frame's size among other things."""
     leader, *others = seen
-    bound = 1e-6 if case.dtype == torch.float32 else 1e-2
+    bound = 5e-6 if case.dtype == torch.float32 else 1e-2
     for ours, theirs in zip(leader["chunks"], whole(case), strict=True):
         for our, their in zip(ours, theirs, strict=True):
             assert our.shape == their.shape
