@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from cinecat.engines.training.scenes import Scene, draw_scene, thing_name
+from cinecat.engines.training.scenes import SMOOTH_WALLS, Scene, draw_scene, thing_name
 
 # Their course begins outside of the frame, or goes round another thing.
 _OWN_COURSE = frozenset({"enter", "pass"})
@@ -35,7 +35,7 @@ def other_courses(scene: Scene, seed: int, count: int) -> list[Scene]:
 
 def fits(scene: Scene, other: Scene) -> bool:
     """Whether `scene` can take the course of `other`."""
-    shows_nothing = other.kind == "drift" and scene.wall.kind == "flat"
+    shows_nothing = other.kind == "drift" and scene.wall.kind in SMOOTH_WALLS
     return not shows_nothing and not {scene.kind, other.kind} & _OWN_COURSE
 
 

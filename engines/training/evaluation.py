@@ -37,6 +37,7 @@ class ShotResult:
     """One held-out film against its generated twin.
 
     Attributes:
+        told: whether the first frame and the caption tell all that is seen: the course, and the ground that it goes over.
         right: whether the subject did what was asked: moved in the named direction, or stayed; None where nothing
             of the kind was asked.
         first_psnr, last_psnr, clip_psnr: decibels to the film.
@@ -44,6 +45,7 @@ class ShotResult:
 
     kind: Kind
     caption: str
+    told: bool
     right: bool | None
     first_psnr: float
     last_psnr: float
@@ -80,8 +82,8 @@ class ModelReport:
 
     @property
     def told(self) -> tuple[ShotResult, ...]:
-        """Shots whose course the caption tells; what is not told cannot be known."""
-        return tuple(shot for shot in self.shots if shot.kind not in OPEN_KINDS)
+        """Shots of which all is told; what is not told cannot be known."""
+        return tuple(shot for shot in self.shots if shot.told)
 
 
 @dataclass(frozen=True)
@@ -223,6 +225,7 @@ def compare(film: Clip, clip: Frames) -> ShotResult:
     return ShotResult(
         kind=film.scene.kind,
         caption=film.caption,
+        told=not (film.scene.open or film.scene.uncovers),
         right=right,
         first_psnr=_psnr(clip[0], film.frames[0]),
         last_psnr=_psnr(clip[-1], film.frames[-1]),

@@ -51,6 +51,9 @@ SPEEDS: dict[str, float] = {"slowly": 1 / 128, "quickly": 2 / 128, "fast": 3 / 1
 _BARE = 0.25
 """Share of captions that leave out what the first frame shows."""
 WALLS = ("flat", "gradient", "striped", "checkered", "noisy", "cluttered")
+SMOOTH_WALLS = frozenset({"flat", "gradient"})
+"""Walls that show next to nothing when they drift; a noisy one of `_DRIFT_CYCLES` then drifts instead."""
+_DRIFT_CYCLES = 4.0
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,11 @@ class Scene:
         """Whether neither the first frame nor the caption tells what happens."""
         return self.kind in OPEN_KINDS
 
+    @property
+    def uncovers(self) -> bool:
+        """Whether the camera uncovers ground that the first frame does not show."""
+        return bool(np.ptp(self.camera)) or bool((self.zoom < self.zoom[0]).any())
+
 
 @dataclass
 class _Draft:
@@ -171,8 +179,8 @@ def draw_scene(
     assert kind is not None
     pace = _pace(random, motion)
     wall = _wall(random, texture)
-    if kind == "drift" and wall.kind == "flat":
-        wall = replace(wall, kind="noisy")  # a flat wall that drifts shows nothing
+    if kind == "drift" and wall.kind in SMOOTH_WALLS:
+        wall = replace(wall, kind="noisy", cycles=_DRIFT_CYCLES)
     return _DRAW[kind](random, kind, _Draft(frames), wall, pace, aspect)
 
 

@@ -10,9 +10,9 @@ from cinecat.engines.training.evaluation import ModelReport, ShotResult
 from cinecat.server.bench.harness import Check
 from cinecat.server.bench.model import bench_model, checks_of
 
-SLIDE = ShotResult("slide", "a red ring moves left fast", True, first_psnr=34.0, last_psnr=31.0, clip_psnr=32.0)
-STILL = ShotResult("still", "nothing moves", True, first_psnr=34.0, last_psnr=33.0, clip_psnr=33.5)
-ROAM = ShotResult("roam", "a red ring moves", None, first_psnr=34.0, last_psnr=20.0, clip_psnr=24.0)
+SLIDE = ShotResult("slide", "a red ring moves left fast", True, True, first_psnr=34.0, last_psnr=31.0, clip_psnr=32.0)
+STILL = ShotResult("still", "nothing moves", True, True, first_psnr=34.0, last_psnr=33.0, clip_psnr=33.5)
+ROAM = ShotResult("roam", "a red ring moves", False, None, first_psnr=34.0, last_psnr=20.0, clip_psnr=24.0)
 GOOD = ModelReport(
     shots=(SLIDE, STILL, ROAM), stills=(STILL,), four=((True,) * 4,), open_psnrs=(30.0,), vae_psnrs=(34.0, 35.0)
 )
@@ -27,7 +27,7 @@ def test_a_good_model_meets_every_goal() -> None:
     assert len(judged(GOOD)) == 7
 
 
-def test_an_open_shot_is_not_held_to_a_course_that_nobody_told() -> None:
+def test_a_shot_is_not_held_to_what_nobody_told() -> None:
     assert checks_of(GOOD)["last_frame_psnr_drop_db"].value == pytest.approx(2.0)
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from cinecat.engines.training.courses import fits, other_courses, with_course
 from cinecat.engines.training.film import render
 from cinecat.engines.training.latents import lessons
-from cinecat.engines.training.scenes import COLOURS, SHARES, Kind, draw_scene, thing_name
+from cinecat.engines.training.scenes import COLOURS, SHARES, SMOOTH_WALLS, Kind, draw_scene, thing_name
 
 SINGLE = sorted(set(SHARES) - {"enter", "pass"})
 
@@ -53,8 +53,11 @@ def test_a_course_that_is_a_scenes_own_is_kept(kind: Kind) -> None:
     assert other_courses(draw_scene(1, 5, kind=kind), 1, 3) == []
 
 
-def test_a_flat_wall_does_not_drift() -> None:
-    assert not fits(draw_scene(1, 5, kind="still", texture=0.0), draw_scene(2, 5, kind="drift"))
+def test_a_smooth_wall_does_not_drift() -> None:
+    smooth = [draw_scene(seed, 5, kind="still", texture=0.1 * (seed % 2)) for seed in range(12)]
+    assert {scene.wall.kind for scene in smooth} >= SMOOTH_WALLS
+    for scene in smooth:
+        assert fits(scene, draw_scene(2, 5, kind="drift")) == (scene.wall.kind not in SMOOTH_WALLS)
 
 
 def test_lessons_share_their_first_frame_through_a_window() -> None:

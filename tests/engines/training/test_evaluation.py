@@ -41,6 +41,12 @@ def test_a_still_film_stays(film: Clip) -> None:
     assert compare(film, film.frames).right is True
 
 
+def test_what_a_camera_uncovers_is_not_told() -> None:
+    for kind, told in (("slide", True), ("pan", False), ("roam", False)):
+        film = make_clip(3, 9, 48, 48, kind=kind)  # type: ignore[arg-type]
+        assert compare(film, film.frames).told is told
+
+
 def test_a_still_prompt_whose_clip_moves_is_wrong() -> None:
     film = STILLS[0]
     assert not stays(film, np.stack([np.roll(film.frames[0], shift, axis=1) for shift in range(9)]))

@@ -85,6 +85,19 @@ def test_an_open_shot_tells_no_course(kind: str) -> None:
     assert not set(scene.caption.split()) & (set(DIRECTIONS) | set(SPEEDS))
 
 
+@pytest.mark.parametrize("texture", [0.0, 0.1])
+def test_a_wall_that_drifts_is_seen_to_drift(texture: float) -> None:
+    for seed in range(12):
+        clip = make_clip(seed, 17, 48, 48, kind="drift", texture=texture)
+        assert np.abs(clip.frames[16].astype(float) - clip.frames[0])[~clip.mask[0]].mean() > 1.5
+
+
+def test_only_a_camera_that_moves_on_uncovers_ground() -> None:
+    told = {small(seed, kind=kind).caption: small(seed, kind=kind).scene for seed in range(8) for kind in SHARES}
+    for caption, scene in told.items():
+        assert scene.uncovers == ("camera pans" in caption or "zooms out" in caption)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_the_mask_is_where_the_track_says(seed: int) -> None:
     clip = small(seed, kind="still")
