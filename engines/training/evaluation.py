@@ -37,7 +37,7 @@ class ShotResult:
     """One held-out film against its generated twin.
 
     Attributes:
-        told: whether the first frame and the caption tell all that is seen: the course, and the ground that it goes over.
+        told: whether first frame and caption tell all that is seen: the course, and the ground that it goes over.
         right: whether the subject did what was asked: moved in the named direction, or stayed; None where nothing
             of the kind was asked.
         first_psnr, last_psnr, clip_psnr: decibels to the film.
