@@ -92,8 +92,8 @@ class Amounts:
 
     shots: int = 64
     stills: int = 12
-    four: int = 6
-    open_shots: int = 8
+    four: int = 12
+    open_shots: int = 16
     few_steps: int = 4
     many_steps: int = 32
 

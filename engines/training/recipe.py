@@ -93,6 +93,15 @@ class TrainingPlan:
             probes=8,
             blend=0.3,
         ),
+        Stage(
+            "dit-both",
+            DitRecipe(steps=4981, muon_rate=0.01, adam_rate=6e-4, average=0.998, motion_weight=4.0, seed=41),
+            (
+                Films(128, 128, 400_000, 5500, batch=16, courses=3),
+                Films(256, 256, 600_000, 100, batch=4, courses=3, share=0.15),
+            ),
+            probes=100,
+        ),
     )
     model: TinyConfig = WAN_TINY
 
