@@ -67,10 +67,21 @@ def test_blueprint_draws_white_lines_on_a_wash_of_blue_where_things_end() -> Non
     flat[:, :, 16:] = (200, 20, 20)
     lines = GRADES["blueprint"](flat)[0].astype(int)
     assert lines[:, 15:17].min() > 180
-    assert (lines[:, :14] == paper[0, 0]).all()
-    assert (lines[:, 18:] == lines[0, -1]).all()
+    assert (lines[:, :11] == paper[0, 0]).all()
+    assert (lines[:, 21:] == lines[0, -1]).all()
     assert lines[0, -1].sum() < paper[0, 0].sum()
     assert lines[0, -1, 2] > 2 * lines[0, -1, 1] > 4 * lines[0, -1, 0]
+
+
+def test_blueprint_draws_the_same_lines_at_every_size_and_none_where_little_changes() -> None:
+    def inked(side: int, step: int) -> float:
+        halves = np.full((1, side, side, 3), 90, dtype=np.uint8)
+        halves[:, :, side // 2 :] += np.uint8(step)
+        return float((GRADES["blueprint"](halves)[..., 0] > 120).mean())
+
+    assert inked(64, 120) == pytest.approx(inked(256, 120), abs=0.02)
+    assert inked(256, 120) > 0.02
+    assert inked(256, 40) == 0.0
 
 
 def test_films_are_written_as_a_training_reads_them(tmp_path: Path) -> None:

@@ -1,8 +1,4 @@
-"""The bundled styles do what they are for: each is plainly visible and grows with its strength.
-
-How many things still move as told is printed, not judged: styles trained for minutes cost some of it
-(docs/styles.md).
-"""
+"""The bundled styles do what they are for: each is plainly visible, grows with its strength and keeps the motion."""
 
 from __future__ import annotations
 
@@ -30,7 +26,9 @@ def core() -> EngineCore:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STATISTICS)
-def test_a_bundled_style_is_plainly_visible_and_grows_with_its_strength(core: EngineCore, name: str) -> None:
+def test_a_bundled_style_is_plainly_visible_grows_with_its_strength_and_keeps_the_motion(
+    core: EngineCore, name: str
+) -> None:
     look = Look(name)
     style = next(style for style in StyleRegistry([BUNDLED]).styles() if style.manifest.name == name)
     films = look.judged_films(HELD_OUT, SHOTS, FRAMES, SIDE, lambda scene: True)
@@ -50,6 +48,8 @@ def test_a_bundled_style_is_plainly_visible_and_grows_with_its_strength(core: En
         for strength in (1.0, 0.0)
     )
     print(f"{name}: effect {means}, least {min(effects[1.0]):.2f}; moves {sum(moved)}, plain {sum(plain)} of {SHOTS}")
+    # A few of so few shots fall either way by the noise alone; docs/styles.md has the counts.
+    assert sum(moved) >= 0.75 * sum(plain)
     assert means[2] >= 0.5
     assert means[0] < means[1] < means[2]
     assert sum(low < high for low, high in zip(effects[0.5], effects[1.0], strict=True)) >= SHOTS - 1
