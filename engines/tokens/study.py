@@ -195,7 +195,10 @@ class Costs:
 
 
 def make_cells(work: StudyWork) -> list[Cell]:
-    """The films, in the order in which they are run: open ones between those of known redundancy."""
+    """The films, in the order in which they are run: the most and the least redundant, and open ones between the others.
+
+    Where time runs out, the cells that the checks compare have been run.
+    """
     known = [
         Cell(
             f"texture {texture:g}, motion {motion:g}",
@@ -205,6 +208,8 @@ def make_cells(work: StudyWork) -> list[Cell]:
         )
         for index, (texture, motion) in enumerate((t, m) for t in work.textures for m in work.motions)
     ]
+    if len(known) > 2:
+        known.insert(1, known.pop())
     opened = [Cell(kind, _film(work, 100 + index, kind=kind)) for index, kind in enumerate(work.open_kinds)]
     every = len(known) // max(1, len(opened)) or 1
     cells: list[Cell] = []

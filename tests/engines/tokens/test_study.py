@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,12 @@ from cinecat.engines.tokens.study import (
     Costs,
     Study,
     StudyWork,
+    make_cells,
     methods_at,
     object_psnr,
     study,
 )
+from cinecat.engines.training.scenes import OPEN_KINDS
 
 COSTS = Costs({"uniform": [2.0, 2.0], "coarse": [0.5], "tokens_100": [1.0], "side_128": [0.6], "side_192": [1.2]})
 
@@ -71,6 +74,17 @@ def test_rivals_at_equal_tokens_spend_as_many(found: Study) -> None:
 def test_single_steps_of_every_kind_are_timed(found: Study) -> None:
     assert {"uniform", "keep_050", "keep_025", "coarse", "side_32", "side_48"} <= found.step_seconds.keys()
     assert {len(samples) for samples in found.step_seconds.values()} == {2}
+
+
+def test_the_cells_that_the_checks_compare_are_run_first() -> None:
+    work = StudyWork(side=32, frames=5)
+    names = [cell.name for cell in make_cells(work)]
+    assert names[:2] == ["texture 0, motion 0", "texture 1, motion 1"]
+    assert len(set(names)) == len(names) == 9 + len(OPEN_KINDS) + 1
+    assert [cell.name for cell in make_cells(replace(work, textures=(0.5,), motions=(0.0,), open_kinds=()))] == [
+        "texture 0.5, motion 0",
+        "noise",
+    ]
 
 
 def test_what_there_is_no_time_for_is_named(work: StudyWork) -> None:
