@@ -195,9 +195,9 @@ class Costs:
 
 
 def make_cells(work: StudyWork) -> list[Cell]:
-    """The films, in the order in which they are run: the most and the least redundant, and open ones between the others.
+    """The films in the order in which they are run, open ones between the others.
 
-    Where time runs out, the cells that the checks compare have been run.
+    The most and the least redundant come first: where time runs out, the cells that the checks compare have been run.
     """
     known = [
         Cell(
