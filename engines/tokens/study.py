@@ -90,7 +90,7 @@ class StudyWork:
     open_kinds: tuple[str, ...] = tuple(sorted(OPEN_KINDS))
     noise: bool = True
     pairs: int = 15
-    minutes: float = 34.0
+    minutes: float = 60.0
 
     @property
     def clips(self) -> int:
