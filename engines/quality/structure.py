@@ -54,16 +54,22 @@ def structure(a: Frames, b: Frames) -> Structure:
 
 def _terms(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     """Luminance and contrast-structure maps of images [count, 1, height, width], where the window fits."""
-    mean_a, mean_b = _blurred(first), _blurred(second)
+    mean_a, mean_b = _window(first), _window(second)
     squares_a, squares_b, product = mean_a.square(), mean_b.square(), mean_a * mean_b
-    spread = _blurred(first.square() + second.square()) - squares_a - squares_b
-    together = _blurred(first * second) - product
+    spread = _window(first.square() + second.square()) - squares_a - squares_b
+    together = _window(first * second) - product
     return (2 * product + _C1) / (squares_a + squares_b + _C1), (2 * together + _C2) / (spread + _C2)
 
 
-def _blurred(images: Tensor) -> Tensor:
-    place = torch.arange(_WINDOW) - _WINDOW // 2
-    kernel = (-(place.double() ** 2) / (2 * _SIGMA**2)).exp()
+def _window(images: Tensor) -> Tensor:
+    return blurred(images, _SIGMA, _WINDOW // 2)
+
+
+def blurred(images: Tensor, sigma: float, reach: int) -> Tensor:
+    """Images [count, 1, height, width] under a Gaussian, in pixels, that ends `reach` from its middle; only where it
+    fits, so that each side is 2 x reach shorter."""
+    place = torch.arange(-reach, reach + 1)
+    kernel = (-(place.double() ** 2) / (2 * sigma**2)).exp()
     kernel = (kernel / kernel.sum()).float()
     rows = functional.conv2d(images, kernel.view(1, 1, -1, 1))
     return functional.conv2d(rows, kernel.view(1, 1, 1, -1))

@@ -119,8 +119,7 @@ class SelfAttention:
             pairs = torch.stack([first * cosine - second * sine, first * sine + second * cosine], dim=-1)
             return pairs.flatten(3).transpose(1, 2)
 
-        value = attention.to_v(hidden_states)
-        value = value.view(*value.shape[:2], attention.heads, -1).transpose(1, 2)
+        value = split_heads(attention, attention.to_v(hidden_states))
         query = turned(attention.norm_q(attention.to_q(hidden_states))).to(value.dtype)
         key = turned(attention.norm_k(attention.to_k(hidden_states))).to(value.dtype)
         result = attend(query, key, value)
@@ -148,16 +147,19 @@ class PaddedTextAttention:
         words = self.bias.shape[-1]
         image, text = encoder_hidden_states[:, :-words], encoder_hidden_states[:, -words:]
 
-        def heads(states: Tensor) -> Tensor:
-            return states.view(*states.shape[:2], attention.heads, -1).transpose(1, 2)
-
-        query = heads(attention.norm_q(attention.to_q(hidden_states)))
-        text_key, text_value = heads(attention.norm_k(attention.to_k(text))), heads(attention.to_v(text))
-        image_key = heads(attention.norm_added_k(attention.add_k_proj(image)))
-        image_value = heads(attention.add_v_proj(image))
+        query = split_heads(attention, attention.norm_q(attention.to_q(hidden_states)))
+        text_key = split_heads(attention, attention.norm_k(attention.to_k(text)))
+        text_value = split_heads(attention, attention.to_v(text))
+        image_key = split_heads(attention, attention.norm_added_k(attention.add_k_proj(image)))
+        image_value = split_heads(attention, attention.add_v_proj(image))
         result = attend(query, text_key, text_value, self.bias) + attend(query, image_key, image_value)
         output: Tensor = attention.to_out[0](result.transpose(1, 2).flatten(2))
         return output
+
+
+def split_heads(attention: Any, states: Tensor) -> Tensor:
+    """States [B, n, heads * d] as [B, heads, n, d]."""
+    return states.view(*states.shape[:2], attention.heads, -1).transpose(1, 2)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -231,8 +233,6 @@ def flow_loss(transformer: WanTransformer3DModel, batch: Batch, motion_weight: f
     with mixed_precision():
         velocity = predict(transformer, video, batch.level * 1000.0, batch.text, batch.counts, batch.image)
     error = (velocity.float() - (batch.noise - batch.clean)).square().mean(dim=1, keepdim=True)
-    if motion_weight == 0.0:
-        return error.mean()
     weights = motion_weights(batch.clean, motion_weight)
     return (weights * error).sum() / weights.sum()
 

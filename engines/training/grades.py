@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from torch.nn import functional
+
+from cinecat.engines.quality.structure import blurred
 
 Frames = NDArray[np.uint8]
 Floats = NDArray[np.float32]
@@ -59,9 +60,10 @@ def blueprint(frames: Frames) -> Frames:
     colour = _unit(frames)
     wash = _PAPER * (0.4 + 1.2 * (colour @ _LUMA)[..., None])
     sigma = max(min(frames.shape[1:3]) * _LINE, 1.0)
-    smooth = torch.from_numpy(colour).permute(0, 3, 1, 2)
-    for axis in (2, 3):
-        smooth = _blurred(smooth, sigma, axis)
+    reach = math.ceil(3 * sigma)
+    planes = torch.from_numpy(colour).permute(0, 3, 1, 2)
+    padded = functional.pad(planes, (reach, reach, reach, reach), mode="replicate")
+    smooth = blurred(padded.flatten(0, 1)[:, None], sigma, reach).view(planes.shape)
     around = functional.pad(smooth, (1, 1, 1, 1), mode="replicate")
     across = (around[:, :, 1:-1, 2:] - around[:, :, 1:-1, :-2]) / 2
     down = (around[:, :, 2:, 1:-1] - around[:, :, :-2, 1:-1]) / 2
@@ -69,17 +71,6 @@ def blueprint(frames: Frames) -> Frames:
     edge = torch.hypot(across, down).amax(dim=1).numpy() * sigma * math.sqrt(math.tau)
     ink = _smooth((edge - 0.18) / 0.24)[..., None]
     return _bytes(wash + ink * (_INK - wash))
-
-
-def _blurred(colour: Tensor, sigma: float, axis: int) -> Tensor:
-    """[frames, channels, height, width] under a Gaussian along one axis, in pixels."""
-    reach = math.ceil(3 * sigma)
-    kernel = torch.exp(-torch.arange(-reach, reach + 1).float().square() / (2 * sigma**2))
-    size = [1, 1, 1, 1]
-    size[axis] = len(kernel)
-    ends = (0, 0, reach, reach) if axis == 2 else (reach, reach, 0, 0)
-    padded = functional.pad(colour.flatten(0, 1)[:, None], ends, mode="replicate")
-    return functional.conv2d(padded, (kernel / kernel.sum()).view(size)).view(colour.shape)
 
 
 GRADES: dict[str, Callable[[Frames], Frames]] = {"none": plain, "noir": noir, "amber": amber, "blueprint": blueprint}

@@ -99,17 +99,9 @@ def encode_films(
     config = model.vae.config
     mean = torch.tensor(config.latents_mean).view(1, -1, 1, 1, 1)
     inverse_std = 1.0 / torch.tensor(config.latents_std).view(1, -1, 1, 1, 1)
+    vae, layout = model.vae, torch.contiguous_format
     if has_fast_bfloat16():
-        half = half_precision(model.vae)
-
-        def encode_quickly(video: Tensor) -> Tensor:
-            return encode(half, video.bfloat16().contiguous(memory_format=torch.channels_last_3d)).float()
-
-    else:
-
-        def encode_quickly(video: Tensor) -> Tensor:
-            return encode(model.vae, video)
-
+        vae, layout = half_precision(vae), torch.channels_last_3d
     clean, given, texts, images = [], [], [], []
     known: dict[str, tuple[Tensor, int]] = {}
     for done, seed in enumerate(seeds, start=1):
@@ -118,7 +110,8 @@ def encode_films(
         # Behind the first frame the encoder is given grey.
         start = torch.zeros_like(videos[:1])
         start[:, :, 0] = videos[:1, :, 0]
-        latents = (encode_quickly(torch.cat([videos, start])) - mean) * inverse_std
+        shown = torch.cat([videos, start]).to(vae.dtype, memory_format=layout)
+        latents = (encode(vae, shown).float() - mean) * inverse_std
         clean.append(latents[:-1].half())
         given.append(latents[-1:].half().expand(len(clips), -1, -1, -1, -1))
         for clip in clips:
