@@ -307,7 +307,6 @@ class EngineCore:
             solver=resume.solver_state(request.scheduler),
             spent=request.spent,
             keep_ratio=request.keep_ratio,
-            prediction=None if request.tokens is None else request.tokens.prediction,
             surroundings=request.surroundings,
             remembered=request.remembered.predictions,
         )

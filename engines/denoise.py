@@ -152,13 +152,18 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
+def sigma_of(timestep: Tensor) -> float:
+    """Share of noise at a timestep in the scheduler's units (0 to 1000)."""
+    return float(timestep) / 1000.0
+
+
 @dataclass(frozen=True)
 class Merged:
     """A forward on fewer tokens.
 
     Attributes:
         plan: of the latents' patches.
-        prediction: of the clean latents, by the step before, [1, 16, T, H, W].
+        prediction: of the clean latents, by steps before, [1, 16, T, H, W].
     """
 
     plan: TokenPlan
@@ -188,7 +193,7 @@ class Moment:
     @property
     def sigma(self) -> float:
         """Share of noise in the latents."""
-        return float(self.timestep) / 1000.0
+        return sigma_of(self.timestep)
 
     @property
     def shared(self) -> Merged | None:

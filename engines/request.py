@@ -13,7 +13,7 @@ from torch import Tensor
 from cinecat.engines import resume, stages, step_cache
 from cinecat.engines.backends.contract import Engine
 from cinecat.engines.context import Branch
-from cinecat.engines.denoise import Denoiser, Merged, Moment
+from cinecat.engines.denoise import Denoiser, Merged, Moment, sigma_of
 from cinecat.engines.messages import Failure
 from cinecat.engines.step_cache import Remembered
 from cinecat.engines.tokens.adaptive import AdaptiveTokens
@@ -55,7 +55,7 @@ class Request:
     runs: frozenset[int] | None = None  # steps that run the model; None where all do
     remembered: Remembered = field(
         default_factory=Remembered
-    )  # what those predicted, after guidance; nothing where all run
+    )  # what steps at full tokens predicted, after guidance; nothing where all steps are such
     spent: tuple[int, ...] = ()  # tokens of each step that is done; 0 where it was cached
     decoder: stages.Decoder | None = None
 
@@ -84,16 +84,21 @@ class Request:
         wears = 1 if self.tokens is None or self.outfit.whole == self.outfit.merged else 2
         size = self.latents.nbytes + self.condition.nbytes + resume.solver_bytes(self.scheduler, self.latents)
         size += sum(self.denoiser.context_bytes(branch, wears) for branch in self.branches)
-        if self.runs is not None:
-            size += step_cache.state_bytes(self.latents)
-        return size if self.tokens is None else size + self.tokens.state_bytes(self.latents)
+        return size + step_cache.state_bytes(self.latents) if self._remembers else size
+
+    @property
+    def _remembers(self) -> bool:
+        """Whether some steps are expected to follow from those at full tokens."""
+        return self.runs is not None or self.tokens is not None
 
     def moment(self) -> tuple[Moment, int]:
         """What the coming step is predicted from, and its tokens; 0 for a cached one."""
-        merged, worn = None, self.outfit.whole
-        if self.tokens is not None and (plan := self.tokens.plan()) is not None and self.tokens.prediction is not None:
-            merged, worn = Merged(plan, self.tokens.prediction), self.outfit.merged
-        moment = Moment(self.latents, self.condition, self.timesteps[self.step], self.branches, worn, merged)
+        merged, worn, timestep = None, self.outfit.whole, self.timesteps[self.step]
+        if self.tokens is not None and self.step > 0:
+            expected = self.remembered.carried_on(sigma_of(timestep))
+            if (plan := self.tokens.plan(expected)) is not None:
+                merged, worn = Merged(plan, expected), self.outfit.merged
+        moment = Moment(self.latents, self.condition, timestep, self.branches, worn, merged)
         if self.coming_is_cached:
             return moment, 0
         return moment, self.grid.count if merged is None else merged.plan.tokens
@@ -110,8 +115,7 @@ class Request:
             setattr(self.scheduler, name, value)
         self.remembered = Remembered(progress.remembered)
         if self.tokens is not None:
-            self.tokens.prediction, self.tokens.keep_ratio = progress.prediction, progress.keep_ratio
-            self.tokens.spent = list(progress.spent)
+            self.tokens.keep_ratio, self.tokens.spent = progress.keep_ratio, list(progress.spent)
 
     def advance(self, moment: Moment, velocity: Tensor, spent: int) -> Advance | Failure:
         """What the coming step makes of it, by the guided velocity and the tokens of each row; it stays as it is."""
@@ -122,13 +126,12 @@ class Request:
                 "request",
                 f"step {self.step + 1} gave NaN or infinity; lower the strengths or the guidance, or wear less",
             )
-        tokens = self.tokens
-        if tokens is not None:
-            tokens = tokens.observed(self.latents, velocity, moment.sigma, spent)
-        remembered = self.remembered
-        if self.runs is not None and not self.coming_is_cached:
+        tokens, remembered = self.tokens, self.remembered
+        if self._remembers and spent == self.grid.count:
             clean = (self.latents - moment.sigma * velocity).to(torch.float32)
             remembered = remembered.with_step(moment.sigma, clean)
+        if tokens is not None:
+            tokens = tokens.observed(remembered.last, spent)
         return Advance(latents, scheduler, tokens, (*self.spent, spent), remembered)
 
     def take(self, advance: Advance) -> None:
@@ -142,7 +145,7 @@ class Request:
             return ()
         try:
             progress = resume.read(checkpoint, self.digest, self.latents, self.scheduler)
-            if self.runs is not None and not progress.remembered:
+            if self._remembers and not progress.remembered:
                 raise resume.NoCheckpoint("it remembers no prediction")
         except resume.NoCheckpoint as reason:
             log.warning("%s cannot be gone on from, all steps begin anew: %s", checkpoint, reason)

@@ -28,7 +28,7 @@ from cinecat.plugins.durable import sync
 from cinecat.plugins.errors import LoraError
 from cinecat.plugins.safetensors_header import read_header
 
-_FORMAT = "cinecat step checkpoint 1"
+_FORMAT = "cinecat step checkpoint 2"
 
 SOLVER_STATE: Mapping[str, tuple[str, ...]] = {
     "UniPCMultistepScheduler": (
@@ -39,7 +39,7 @@ SOLVER_STATE: Mapping[str, tuple[str, ...]] = {
 }
 """Attributes of diffusers' solvers that a step changes; `set_timesteps` makes all others. A test holds them to it."""
 
-_LATENTS, _PREDICTION = "latents", "prediction"
+_LATENTS = "latents"
 _REMEMBERED = "remembered.{}"
 _MOST_STATES = 16
 """Tensors as large as the latents that a file may hold; solvers of the highest order hold four."""
@@ -58,16 +58,14 @@ class Progress:
         solver: state of the solver by attribute: numbers, tensors, None, and lists of them.
         spent: tokens of each step that is done.
         keep_ratio: that the clip is held to.
-        prediction: of the clean latents by the last step, [1, 16, T, H, W]; None on the uniform path.
         surroundings: what rounding depends on besides, such as the engine, by name.
-        remembered: sigmas and clean latents of `step_cache.Remembered`; empty where all steps run the model.
+        remembered: sigmas and clean latents of `step_cache.Remembered`; empty where all steps run on all tokens.
     """
 
     latents: Tensor
     solver: Mapping[str, Any]
     spent: tuple[int, ...]
     keep_ratio: float
-    prediction: Tensor | None
     surroundings: Mapping[str, str]
     remembered: tuple[tuple[float, Tensor], ...] = ()
 
@@ -118,8 +116,6 @@ def write(path: Path, digest: str, progress: Progress) -> int:
         EngineError: it cannot be written.
     """
     tensors = {_LATENTS: progress.latents}
-    if progress.prediction is not None:
-        tensors[_PREDICTION] = progress.prediction
     tensors |= {_REMEMBERED.format(index): clean for index, (_, clean) in enumerate(progress.remembered)}
     state = json.dumps(
         {
@@ -182,7 +178,6 @@ def read(path: Path, digest: str, latents: Tensor, solver: Any) -> Progress:
             solver={name: _put_together(value, placed) for name, value in state["solver"].items() if name in names},
             spent=tuple(int(count) for count in state["spent"]),
             keep_ratio=float(state["keep_ratio"]),
-            prediction=placed.get(_PREDICTION),
             surroundings={str(name): str(value) for name, value in state["surroundings"].items()},
             remembered=tuple(
                 (float(sigma), placed[_REMEMBERED.format(index)])

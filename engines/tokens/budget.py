@@ -55,9 +55,12 @@ def keep_ratio_for(grid: Grid, steps: int, target_psnr_db: float, distortion_at:
         distortion_at: what a plan of so many tokens loses in total, for the content at hand.
     """
     for keep_ratio in KEEP_RATIOS:
-        spent = Counter(step_tokens(grid, steps, keep_ratio))
-        lost = {tokens: distortion_at(tokens) / grid.count for tokens in spent}
-        mean = sum(count * lost[tokens] for tokens, count in spent.items()) / steps
-        if expected_psnr_db(mean) >= target_psnr_db:
+        if expected_psnr_db(mean_distortion(grid, steps, keep_ratio, distortion_at)) >= target_psnr_db:
             return keep_ratio
     return 1.0
+
+
+def mean_distortion(grid: Grid, steps: int, keep_ratio: float, distortion_at: Callable[[int], float]) -> float:
+    """What the plans of a clip's steps lose, as `expected_psnr_db` takes it; arguments as those of `keep_ratio_for`."""
+    spent = Counter(step_tokens(grid, steps, keep_ratio))
+    return sum(count * distortion_at(tokens) for tokens, count in spent.items()) / (steps * grid.count)

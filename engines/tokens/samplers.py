@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Literal, Protocol
 
@@ -25,19 +25,21 @@ from cinecat.engines.checkpoint import find_checkpoint
 from cinecat.engines.context import Branch
 from cinecat.engines.denoise import Denoiser, EngineBlocks, Merged, guided
 from cinecat.engines.model import WanModel, load_model, synchronize
-from cinecat.engines.slots import NO_STYLE, StyleSlots, Worn
+from cinecat.engines.slots import StyleSlots, Worn
 from cinecat.engines.step_cache import Remembered, velocity_towards
 from cinecat.engines.tokens import path
 from cinecat.engines.tokens.adaptive import AdaptiveTokens
 from cinecat.engines.tokens.grid import Grid
-from cinecat.engines.tokens.plan import TokenPlan
 from cinecat.engines.tokens.rivals import Partition
-from cinecat.engines.wardrobe import CatAdapter, Wardrobe
+from cinecat.engines.wardrobe import CatAdapter, Outfit, Wardrobe
 
 Frames = NDArray[np.uint8]
 
 _RANK = 32
-"""Of the slot, as servers have it by default."""
+"""Of a slot, as servers have it by default."""
+
+_SLOTS = 3
+"""For the CAT adapter, a style, and both together."""
 
 
 @dataclass(frozen=True)
@@ -45,22 +47,28 @@ class Parts:
     """A loaded model and its denoiser, without requests.
 
     Attributes:
-        adapter: what steps with merged tokens wear; nothing where the model has no CAT adapter.
+        outfit: what clips wear that wear no style: the CAT adapter in merged steps, where the model has one.
     """
 
     model: WanModel
     denoiser: Denoiser
-    adapter: Worn = NO_STYLE
+    wardrobe: Wardrobe
+    outfit: Outfit
 
     @classmethod
     def load(cls, name: str, device: str = "cpu", dtype: str = "float32") -> Parts:
-        """Loads a model, and its CAT adapter into the only slot; arguments and errors as `load_model`."""
+        """Loads a model and its CAT adapter; arguments and errors as `load_model`."""
         checkpoint = find_checkpoint(name)
         model = load_model(checkpoint, device, dtype)
-        slots = StyleSlots(model.transformer.blocks, 1, _RANK, model.dtype)
-        outfit = Wardrobe(slots, 0, CatAdapter.beside(checkpoint.folder)).dress((), merging=True)
+        slots = StyleSlots(model.transformer.blocks, _SLOTS, _RANK, model.dtype)
+        wardrobe = Wardrobe(slots, 0, CatAdapter.beside(checkpoint.folder))
         blocks = EngineBlocks(model.transformer, TorchEngine(WanStack(model.transformer)), slots)
-        return cls(model, Denoiser(model.transformer, blocks), outfit.merged)
+        denoiser = Denoiser(model.transformer, blocks)
+        return cls(model, denoiser, wardrobe, wardrobe.dress((), merging=True))
+
+    @property
+    def has_adapter(self) -> bool:
+        return self.outfit.merged != self.outfit.whole
 
 
 @dataclass(frozen=True)
@@ -71,6 +79,7 @@ class Start:
         noise: [1, 16, T, H, W], float32.
         condition: [1, 20, T, H, W], float32.
         branches: the prompt's, then with guidance the empty prompt's.
+        outfit: what its steps wear.
         coarse: the condition of the image at half its size, [1, 20, T, H / 2, W / 2]; None where no step needs it.
         seconds: that encoding took, `coarse` aside.
     """
@@ -79,6 +88,7 @@ class Start:
     condition: Tensor
     branches: tuple[Branch, ...]
     guidance_scale: float
+    outfit: Outfit
     coarse: Tensor | None = None
     seconds: float = 0.0
 
@@ -89,8 +99,20 @@ class Start:
 
 
 @torch.inference_mode()
-def begin(parts: Parts, image: Frames, prompt: str, frames: int, guidance_scale: float, seed: int) -> Start:
-    """Encodes an image uint8 [height, width, 3] and a prompt, and draws the noise, as a request for them would be."""
+def begin(
+    parts: Parts,
+    image: Frames,
+    prompt: str,
+    frames: int,
+    guidance_scale: float,
+    seed: int,
+    outfit: Outfit | None = None,
+) -> Start:
+    """Encodes an image uint8 [height, width, 3] and a prompt, and draws the noise, as a request for them would be.
+
+    Args:
+        outfit: of the parts' wardrobe; None for no style.
+    """
     model, started = parts.model, time.perf_counter()
     prompts = [prompt, ""] if guidance_scale > 1.0 else [prompt]
     states = stages.encode_image(model, image)
@@ -102,7 +124,7 @@ def begin(parts: Parts, image: Frames, prompt: str, frames: int, guidance_scale:
     coarse = None
     if all(side % (2 * path.PATCH) == 0 for side in condition.shape[3:]):
         coarse = stages.encode_condition(model.vae, resized(image, image.shape[0] // 2, image.shape[1] // 2), frames)
-    return Start(noise, condition, branches, guidance_scale, coarse, seconds)
+    return Start(noise, condition, branches, guidance_scale, outfit or parts.outfit, coarse, seconds)
 
 
 @torch.inference_mode()
@@ -111,7 +133,8 @@ def begin_smaller(parts: Parts, start: Start, image: Frames, frames: int, height
     started = time.perf_counter()
     condition = stages.encode_condition(parts.model.vae, resized(image, height, width), frames)
     noise = _low_band(start.noise, condition.shape[3], condition.shape[4])
-    return Start(noise, condition, start.branches, start.guidance_scale, None, time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    return replace(start, noise=noise, condition=condition, coarse=None, seconds=seconds)
 
 
 def resized(image: Frames, height: int, width: int) -> Frames:
@@ -124,12 +147,12 @@ class Forward:
     """Run the model.
 
     Attributes:
-        plan: of the tokens; None gives each patch its own.
+        merged: shares tokens between patches; None gives each its own.
         coarse: at half the width and height. Steps that do come before all others.
         adapted: whether merged tokens wear the model's adapter.
     """
 
-    plan: TokenPlan | None = None
+    merged: Merged | None = None
     coarse: bool = False
     adapted: bool = False
 
@@ -181,13 +204,11 @@ def sample(parts: Parts, start: Start, steps: int, policy: Policy) -> Sampled:
             elif not decision.coarse and clean is not None and clean.shape != start.noise.shape:
                 latents = _grown(latents, clean, start.noise, sigma)
                 _grow_history(scheduler, start.noise)
-            merged: Merged | None = None
-            if decision.plan is not None and clean is not None:
-                merged = Merged(decision.plan, clean)
+            merged = decision.merged
             condition = start.coarse if decision.coarse else start.condition
             if condition is None:
                 raise ValueError("frames: their sides are no multiples of two patches, so they have no half size")
-            worn = parts.adapter if merged and decision.adapted else NO_STYLE
+            worn = start.outfit.merged if merged and decision.adapted else start.outfit.whole
             velocity = _velocity(parts, start, latents, condition, timestep, worn, merged)
             tokens = merged.plan.tokens if merged else latents[0, 0].numel() // path.PATCH**2
         clean = latents - sigma * velocity
@@ -245,17 +266,24 @@ class ContentAdaptive:
     tokens: AdaptiveTokens
     partition: Partition | None = None
     adapted: bool = True
+    _seen: Remembered = field(default_factory=Remembered)
 
     def decide(self, step: int, sigma: float) -> Forward | Reuse:
-        plan = self.tokens.plan()
-        if plan is None or self.partition is None:
-            return Forward(plan, adapted=self.adapted)
-        assert self.tokens.prediction is not None  # there is a plan of it
-        other = self.partition(plan.grid, path.to_patches(self.tokens.prediction)[0], plan.tokens)
-        return Forward(other, adapted=self.adapted)
+        if step == 0:
+            return Forward()
+        expected = self._seen.carried_on(sigma)
+        plan = self.tokens.plan(expected)
+        if plan is None:
+            return Forward()
+        if self.partition is not None:
+            plan = self.partition(plan.grid, path.to_patches(expected)[0], plan.tokens)
+        return Forward(Merged(plan, expected), adapted=self.adapted)
 
     def observe(self, latents: Tensor, velocity: Tensor, sigma: float, tokens: int) -> None:
-        self.tokens.observe(latents, velocity, sigma, tokens)
+        clean = latents - sigma * velocity
+        if tokens == self.tokens.grid.count:
+            self._seen = self._seen.with_step(sigma, clean)
+        self.tokens.observe(clean, tokens)
 
 
 @dataclass
@@ -281,14 +309,6 @@ class StepCache:
     def observe(self, latents: Tensor, velocity: Tensor, sigma: float, tokens: int) -> None:
         if tokens:
             self._seen = self._seen.with_step(sigma, latents - sigma * velocity)
-
-
-def late_steps(steps: int, runs: int) -> frozenset[int]:
-    """`runs` of the steps, such that reuse happens early, where it hurts least, in turns with steps that run."""
-    reused = steps - runs
-    in_a_row = max(1, -(-reused // runs))
-    skipped = [step for step in range(1, steps) if step % (in_a_row + 1)][:reused]
-    return frozenset(range(steps)) - frozenset(skipped)
 
 
 @dataclass

@@ -14,16 +14,25 @@ MULTIPLE = 8
 
 LEAST_KEEP_RATIO = 0.125
 
+MERGED_RUNG = 0.25
+"""Of merged steps. The fewer tokens they have, the more steps have all (docs/token-allocation.md)."""
+
 
 def spread_steps(steps: int, runs: int) -> frozenset[int]:
-    """`runs` of the steps, the first and the last among them, as evenly spread as they can be.
+    """`runs` of the steps: the first, the last two, and the others as evenly spread as they can be.
+
+    What an approximate step spoils, later exact ones mend, and so the last two are exact: leaving out one of those
+    alone costs wan-tiny's clips more than leaving out three others (docs/step-caching.md).
 
     Args:
-        runs: 1 to `steps`; a single one is the first.
+        runs: 1 to `steps`; a single one is the first, two are the first and the last.
     """
     if runs == 1:
         return frozenset([0])
-    return frozenset(round(number * (steps - 1) / (runs - 1)) for number in range(runs))
+    if runs == 2:
+        return frozenset([0, steps - 1])
+    spread = (round(number * (steps - 2) / (runs - 2)) for number in range(runs - 1))
+    return frozenset([*spread, steps - 1])
 
 
 def rung_tokens(grid: Grid, rung: float) -> int:
@@ -34,21 +43,18 @@ def rung_tokens(grid: Grid, rung: float) -> int:
 def step_rungs(steps: int, keep_ratio: float) -> tuple[float, ...]:
     """The rung of every step, so that their mean comes as near to the keep ratio as it can without exceeding it.
 
-    The first step has all tokens, since there is no prediction to unmerge by before it, and the last ones have: what
-    merging spoils early, later steps at full tokens mend, and what it spoils late stays (docs/token-allocation.md).
-    Between them all steps are at the highest rung that leaves a quarter of the steps whole, or at the lowest of all.
+    Steps at full tokens are spread as those that run under step caching, so that between two of them few are merged: a
+    merged one begins with what is carried on from the last two whole ones. All others are at MERGED_RUNG, or at the
+    lowest rung where that leaves too few whole ones.
 
     Args:
         keep_ratio: above 0, at most 1, over all steps of the clip. Where it cannot be held, since the first step alone
             spends more, all other steps are at the lowest rung.
     """
-    best = [1.0] * steps
-    if keep_ratio >= 1.0:
-        return tuple(best)
-    for rung in RUNGS[1:]:
-        # merged x rung + (steps - merged) <= keep_ratio x steps
-        merged = min(steps - 1, math.ceil(steps * (1.0 - keep_ratio) / (1.0 - rung) - 1e-9))
-        best = [1.0] + [rung] * merged + [1.0] * (steps - 1 - merged)
-        if merged <= steps - 1 - steps // 4 and sum(best) <= keep_ratio * steps + 1e-9:
+    for rung in (MERGED_RUNG, RUNGS[-1]):
+        # whole + (steps - whole) x rung <= keep_ratio x steps
+        whole = math.floor(steps * (keep_ratio - rung) / (1.0 - rung) + 1e-9)
+        if whole >= steps // 4:
             break
-    return tuple(best)
+    chosen = spread_steps(steps, min(steps, max(1, whole)))
+    return tuple(1.0 if step in chosen else rung for step in range(steps))

@@ -20,13 +20,16 @@ import torch
 from numpy.typing import NDArray
 
 from cinecat.engines.denoise import Merged
+from cinecat.engines.messages import StyleUse
 from cinecat.engines.quality.lpips import load_lpips
 from cinecat.engines.quality.pixels import MOST_DECIBELS, psnr, temporal_flicker
 from cinecat.engines.quality.structure import structure
 from cinecat.engines.slots import NO_STYLE
-from cinecat.engines.tokens.adaptive import price
+from cinecat.engines.tokens.adaptive import AdaptiveTokens, price
+from cinecat.engines.tokens.budget import mean_distortion
 from cinecat.engines.tokens.rivals import EQUAL_TOKENS
 from cinecat.engines.tokens.samplers import (
+    ContentAdaptive,
     Parts,
     PolicyOf,
     Progressive,
@@ -37,28 +40,33 @@ from cinecat.engines.tokens.samplers import (
     begin,
     begin_smaller,
     decode,
-    late_steps,
     resized,
     sample,
 )
 from cinecat.engines.tokens.schedule import rung_tokens, spread_steps
 from cinecat.engines.training.film import HELD_OUT, Clip, make_clip
 from cinecat.engines.training.scenes import OPEN_KINDS
+from cinecat.engines.wardrobe import Outfit
+from cinecat.plugins.registry import BUNDLED, StyleRegistry
 
 Frames = NDArray[np.uint8]
 
 PLAIN_CAT = "cat_plain"
 """CAT without the model's adapter, where it has one. All that merges otherwise wears it."""
 
-EQUAL_TIME = ("fewer_steps", "step_cache", "step_cache_early", "smaller", "progressive")
+AUTO_CAT = "cat_auto"
+"""CAT with a PSNR to hold in place of a keep ratio."""
+
+EQUAL_TIME = ("fewer_steps", "step_cache", "smaller", "progressive")
 """Rivals at equal time, by name."""
+
+ADAPTER_RATIOS = (0.375, 0.5)
+"""Keep ratios at which clips that wear a style are made with and without the adapter."""
 
 _ONLY_WIDE = frozenset({"static_clusters", "smaller"})
 
 _FIRST_SEED = HELD_OUT + 40_000
 _LEAST_SIDE = 32
-_AUTO_GAIN = 1.0
-"""Squared error, over a patch's 64 latents, that a token must save to be worth having."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +81,8 @@ class StudyWork:
         noise: whether there is a cell of noise, in which nothing is redundant; it counts in no mean.
         wide_ratio: keep ratio at which every rival runs, and the only one in noise; at the others those that no check
             names stay away.
+        target_psnr_db: of the clips whose keep ratio follows from it.
+        styles: bundled ones, worn in turn by every other film once more, to see what the adapter gains there.
         pairs: of single steps, for their times.
         minutes: in which all cells that are begun should end; the first always is. Cells that are left out are named.
     """
@@ -89,6 +99,8 @@ class StudyWork:
     wide_ratio: float = 0.5
     open_kinds: tuple[str, ...] = tuple(sorted(OPEN_KINDS))
     noise: bool = True
+    target_psnr_db: float = 40.0
+    styles: tuple[str, ...] = ("noir", "amber", "blueprint")
     pairs: int = 15
     minutes: float = 60.0
 
@@ -98,7 +110,9 @@ class StudyWork:
         everyone = 2 + len(EQUAL_TOKENS) + len(EQUAL_TIME)
         methods = [everyone - (0 if ratio == self.wide_ratio else len(_ONLY_WIDE)) for ratio in self.keep_ratios]
         cells = len(self.textures) * len(self.motions) + len(self.open_kinds)
-        return cells * (1 + sum(methods)) + (1 + everyone if self.noise else 0)
+        styled = cells // 2 if self.styles else 0
+        noisy = 1 + everyone if self.noise else 0
+        return cells * (2 + sum(methods)) + noisy + styled * (1 + 2 * len(ADAPTER_RATIOS))
 
 
 @dataclass(frozen=True)
@@ -108,6 +122,7 @@ class Cell:
     Attributes:
         texture, motion: None for an open shot and for noise.
         counts: whether it is in the means.
+        style: that its clips wear; empty for none.
     """
 
     name: str
@@ -115,6 +130,7 @@ class Cell:
     texture: float | None = None
     motion: float | None = None
     counts: bool = True
+    style: str = ""
 
     @property
     def redundant(self) -> bool:
@@ -127,8 +143,8 @@ class Outcome:
     """One clip by one method.
 
     Attributes:
-        keep_ratio: of CAT, that the method is compared at; 1 for the uniform result.
-        method: "uniform", "cat", a key of EQUAL_TOKENS or one of EQUAL_TIME.
+        keep_ratio: of CAT, that the method is compared at; 1 for the uniform result and where it follows from a target.
+        method: "uniform", AUTO_CAT, "cat", PLAIN_CAT, a key of EQUAL_TOKENS or one of EQUAL_TIME.
         setting: what was chosen for it, for people.
         tokens: mean over base steps, over those of the uniform path.
         seconds: of denoising, planning included.
@@ -154,14 +170,14 @@ class Study:
     Attributes:
         step_seconds: samples of single steps, by name: "uniform", "coarse", "keep_050", "keep_025", "tokens_N" for
             merged steps of N tokens, "side_N" for a smaller clip; planning, merge and unmerge included.
-        auto_ratios: keep ratio that a fixed worth of a token gives, by cell.
+        lost: by cell and keep ratio, what plans for the first step's prediction lose, as `budget.mean_distortion`.
         left_out: names of cells for which there was no time.
     """
 
     cells: tuple[Cell, ...]
     outcomes: tuple[Outcome, ...]
     step_seconds: Mapping[str, Sequence[float]]
-    auto_ratios: Mapping[str, float]
+    lost: Mapping[tuple[str, float], float]
     left_out: tuple[str, ...] = ()
 
 
@@ -195,7 +211,7 @@ class Costs:
 
 
 def make_cells(work: StudyWork) -> list[Cell]:
-    """The films in the order in which they are run, open ones between the others.
+    """The films in the order in which they are run, open ones between the others, after every other its styled twin.
 
     The most and the least redundant come first: where time runs out, the cells that the checks compare have been run.
     """
@@ -218,6 +234,11 @@ def make_cells(work: StudyWork) -> list[Cell]:
         if opened and (index + 1) % every == 0:
             cells.append(opened.pop(0))
     cells += opened
+    if work.styles:
+        for index, cell in enumerate(cells[1::2]):
+            style = work.styles[index % len(work.styles)]
+            twin = replace(cell, name=f"{cell.name}, {style}", counts=False, style=style)
+            cells.insert(3 * index + 2, twin)
     if work.noise:
         cells.append(Cell("noise", _noise(work), counts=False))
     return cells
@@ -259,40 +280,87 @@ def study(
     steps = time_steps(parts, work, first, cells[0].film, counts)
     costs = Costs(steps)
     methods = {
-        ratio: [
-            method
-            for method in methods_at(work, ratio, costs.of_run(run.tokens, first.grid.count) / work.steps, costs)
-            if (ratio == work.wide_ratio or method.name not in _ONLY_WIDE)
-            and (method.name != PLAIN_CAT or parts.adapter != NO_STYLE)
-        ]
+        ratio: list(methods_at(work, ratio, costs.of_run(run.tokens, first.grid.count) / work.steps, costs))
         for ratio, run in runs.items()
     }
+    styles = StyleRegistry([BUNDLED])
     outcomes: list[Outcome] = []
-    auto: dict[str, float] = {}
-    plans = [{r: some for r, some in methods.items() if cell.counts or r == work.wide_ratio} for cell in cells]
+    lost: dict[tuple[str, float], float] = {}
     slowest = 0.0
-    for index, (cell, plan) in enumerate(zip(cells, plans, strict=True)):
+    for index, cell in enumerate(cells):
         began = time.monotonic()
         if index > 0 and began + slowest > deadline:
-            return Study(tuple(cells[:index]), tuple(outcomes), steps, auto, tuple(cell.name for cell in cells[index:]))
-        start = _begin(parts, work, cell)
-        uniform = Method("uniform", f"{work.steps} steps", lambda grid, steps: Uniform(), work.steps, work.side)
-        reference, outcome, latents = _run(parts, work, cell, start, uniform, 1.0, meter, None)
+            left = tuple(cell.name for cell in cells[index:])
+            return Study(tuple(cells[:index]), tuple(outcomes), steps, lost, left)
+        outfit = parts.wardrobe.dress(_use(styles, cell.style), merging=True)
+        start = _begin(parts, work, cell, outfit)
+        watched = _Watched()
+        uniform = Method("uniform", f"{work.steps} steps", lambda grid, steps: watched, work.steps, work.side)  # noqa: B023 -- run at once
+        reference, outcome = _run(parts, work, cell, start, uniform, 1.0, meter, None)
         outcomes.append(outcome)
-        auto[cell.name] = auto_keep_ratio(start, latents)
         moved(len(outcomes))
-        for ratio, some in plan.items():
-            # In alternating order, so that a machine that slows down slows everybody.
-            for method in some if index % 2 == 0 else some[::-1]:
-                _, outcome, _ = _run(parts, work, cell, start, method, ratio, meter, reference)
-                outcomes.append(outcome)
-                moved(len(outcomes))
+        assert watched.first is not None
+        prices = price(start.grid, watched.first)
+        for ratio in work.keep_ratios:
+            lost[cell.name, ratio] = mean_distortion(start.grid, work.steps, ratio, prices.distortion_at)
+        # In alternating order, so that a machine that slows down slows everybody.
+        planned = list(_planned(work, cell, methods, parts.has_adapter))
+        for ratio, method in planned if index % 2 == 0 else planned[::-1]:
+            _, outcome = _run(parts, work, cell, start, method, ratio, meter, reference)
+            outcomes.append(outcome)
+            moved(len(outcomes))
+        parts.wardrobe.undress(outfit)
         slowest = max(slowest, time.monotonic() - began)
-    return Study(tuple(cells), tuple(outcomes), steps, auto)
+    return Study(tuple(cells), tuple(outcomes), steps, lost)
 
 
-def _begin(parts: Parts, work: StudyWork, cell: Cell) -> Start:
-    return begin(parts, cell.film.first_frame, cell.film.caption, work.frames, work.guidance_scale, work.seed)
+@dataclass
+class _Watched(Uniform):
+    """The uniform path, and what its first step predicts: [1, 16, T, H, W]."""
+
+    first: torch.Tensor | None = None
+
+    def observe(self, latents: torch.Tensor, velocity: torch.Tensor, sigma: float, tokens: int) -> None:
+        if self.first is None:
+            self.first = latents - sigma * velocity
+
+
+def _use(styles: StyleRegistry, name: str) -> tuple[StyleUse, ...]:
+    if not name:
+        return ()
+    style = styles.find(name)
+    return (StyleUse(str(style.weights_path), style.fingerprint, 1.0),)
+
+
+def _planned(
+    work: StudyWork, cell: Cell, methods: Mapping[float, Sequence[Method]], has_adapter: bool
+) -> Iterator[tuple[float, Method]]:
+    """What is run on a film besides the uniform path."""
+    if cell.counts:
+        target = work.target_psnr_db
+        auto = Method(AUTO_CAT, f"{target:g} dB", _holding(target), work.steps, work.side)
+        yield 1.0, auto
+    for ratio, some in methods.items():
+        for method in some:
+            if method.name == PLAIN_CAT and not has_adapter:
+                continue
+            if cell.style:
+                runs = method.name in ("cat", PLAIN_CAT) and ratio in ADAPTER_RATIOS
+            elif cell.counts:
+                runs = ratio == work.wide_ratio or method.name not in _ONLY_WIDE
+            else:
+                runs = ratio == work.wide_ratio
+            if runs:
+                yield ratio, method
+
+
+def _holding(target_psnr_db: float) -> PolicyOf:
+    return lambda grid, steps: ContentAdaptive(AdaptiveTokens(grid, steps, target_psnr_db=target_psnr_db))
+
+
+def _begin(parts: Parts, work: StudyWork, cell: Cell, outfit: Outfit | None = None) -> Start:
+    film = cell.film
+    return begin(parts, film.first_frame, film.caption, work.frames, work.guidance_scale, work.seed, outfit)
 
 
 def _run(
@@ -304,7 +372,7 @@ def _run(
     ratio: float,
     meter: _Meter,
     reference: Frames | None,
-) -> tuple[Frames, Outcome, torch.Tensor]:
+) -> tuple[Frames, Outcome]:
     """One clip, measured; without a reference it is its own."""
     own = start
     if method.side != work.side:
@@ -325,7 +393,7 @@ def _run(
         clip_seconds=clip_seconds,
         scores=meter.scores(frames, frames if reference is None else reference, cell.film),
     )
-    return frames, outcome, sampled.latents
+    return frames, outcome
 
 
 def methods_at(work: StudyWork, ratio: float, cost: float, costs: Costs) -> Iterator[Method]:
@@ -347,9 +415,6 @@ def methods_at(work: StudyWork, ratio: float, cost: float, costs: Costs) -> Iter
     runs = min(steps, math.ceil(steps * cost - 1e-9))
     yield Method("fewer_steps", f"{runs} steps", lambda grid, steps: Uniform(), runs, work.side)
     yield whole("step_cache", f"{runs} of {steps} steps run", lambda grid, steps: StepCache(spread_steps(steps, runs)))
-    yield whole(
-        "step_cache_early", f"{runs} of {steps} steps run", lambda grid, steps: StepCache(late_steps(steps, runs))
-    )
     sides = [side for side in smaller_sides(work.side) if costs.of(f"side_{side}") >= cost]
     side = sides[0] if sides else work.side
     yield Method("smaller", f"{side}x{side}", lambda grid, steps: Uniform(), steps, side)
@@ -385,7 +450,7 @@ def time_steps(
         def step() -> object:
             plan = price(start.grid, clean).allocate(tokens)
             together = Merged(plan, clean)
-            worn = parts.adapter
+            worn = start.outfit.merged
             return parts.denoiser.velocities(start.noise, start.condition, timestep, start.branches, worn, together)
 
         return step
@@ -405,11 +470,6 @@ def time_steps(
             if number >= 0:
                 samples[name].append(time.perf_counter() - began)
     return samples
-
-
-def auto_keep_ratio(start: Start, clean: torch.Tensor) -> float:
-    """Share of the tokens that are worth having in a clean clip [1, 16, T, H, W], at one worth for all clips."""
-    return price(start.grid, clean).tokens_at(_AUTO_GAIN) / start.grid.count
 
 
 class _Meter:

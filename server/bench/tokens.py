@@ -6,6 +6,7 @@ Quality is that of the decoded clips: against the uniform result of the same see
 from __future__ import annotations
 
 import csv
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -22,14 +23,11 @@ if TYPE_CHECKING:
 EQUAL_TOKENS = ("fixed", "random", "similarity", "static_clusters")
 """Rivals that spend as many tokens, as the engines name them."""
 
-CACHES = ("step_cache", "step_cache_early")
-"""Two rivals, of which the better one at each keep ratio is compared."""
-
-PLAIN_CAT = "cat_plain"
-"""CAT without its adapter, as the engines name it."""
+PLAIN_CAT, AUTO_CAT = "cat_plain", "cat_auto"
+"""CAT without its adapter, and with a PSNR to hold, as the engines name them."""
 
 _ADAPTER_GOAL = ">= 2"
-_ADAPTER_RATIOS = (0.375, 0.5)
+ADAPTER_RATIOS = (0.375, 0.5)
 _STEP_GOALS = {"step_ratio_keep_050": 0.6, "step_ratio_keep_025": 0.4}
 _LOSS_GOAL, _GAIN_GOAL, _AUTO_GOAL = "< 1", "> 0", "<= 0.4"
 _LOSS_RATIO = 0.5
@@ -59,6 +57,7 @@ def bench_tokens(quick: bool, out: Path | None, lpips_weights: Path | None = Non
             motions=(0.0, 1.0),
             open_kinds=("roam",),
             noise=False,
+            styles=(),
             pairs=7,
             minutes=1.3,
         )
@@ -96,7 +95,7 @@ def report_of(found: Study, planning: Mapping[str, Sequence[float]], config: dic
         bench="tokens",
         config=config,
         samples=samples,
-        results=[*summary(found), *gain_rows(found)],
+        results=[*summary(found), *gain_rows(found), *adapter_rows(found), *fit_rows(found)],
         checks=checks_of(found, planning),
     )
 
@@ -115,35 +114,38 @@ def checks_of(found: Study, planning: Mapping[str, Sequence[float]]) -> dict[str
         checks |= _gain_check(f"psnr_gain_vs_{rival}_db", gains(found, rival, "psnr_uniform").values())
     inside = gains(found, "fixed", "object_psnr_uniform").values()
     checks |= _gain_check("object_psnr_gain_vs_fixed_db", inside)
-    adapter = _adapter_gains(found)
+    adapter = adapter_gains(found)
     if adapter:
-        checks["adapter_psnr_gain_db"] = mean_check(adapter, _ADAPTER_GOAL)
+        checks["adapter_psnr_gain_db"] = mean_check(min(adapter.values(), key=statistics.fmean), _ADAPTER_GOAL)
     auto = _auto_ratio(found)
     if auto is not None:
         checks["auto_keep_ratio_still_over_fast"] = auto
     return checks | {"plan_seconds_4k": plan_check(planning["step"])}
 
 
-def _adapter_gains(found: Study) -> list[float]:
-    """What the adapter adds to CAT's PSNR to the uniform result, by cell, at the keep ratio where it adds least."""
+def adapter_gains(found: Study) -> dict[tuple[str, float], list[float]]:
+    """What the adapter adds to CAT's PSNR to the uniform result, film by film, plain and styled, by keep ratio."""
     table = _scores(found, "psnr_uniform")
-    counted = [cell.name for cell in found.cells if cell.counts]
-    by_ratio = [
-        [
+    groups = {
+        "plain": [cell.name for cell in found.cells if cell.counts],
+        "styled": [cell.name for cell in found.cells if cell.style],
+    }
+    gained = {
+        (group, ratio): [
             table[cell, ratio, "cat"] - table[cell, ratio, PLAIN_CAT]
-            for cell in counted
+            for cell in cells
             if (cell, ratio, PLAIN_CAT) in table
         ]
-        for ratio in _ADAPTER_RATIOS
-    ]
-    return min((gains for gains in by_ratio if gains), key=statistics.fmean, default=[])
+        for group, cells in groups.items()
+        for ratio in ADAPTER_RATIOS
+    }
+    return {group: values for group, values in gained.items() if values}
 
 
 def rivals_of(found: Study) -> list[str]:
-    """The rivals that were run, with both kinds of step cache as one."""
+    """The rivals that were run."""
     ran = dict.fromkeys(outcome.method for outcome in found.outcomes)
-    names = ["step_cache" if name in CACHES else name for name in ran if name not in ("uniform", "cat", PLAIN_CAT)]
-    return list(dict.fromkeys(names))
+    return [name for name in ran if name not in ("uniform", "cat", PLAIN_CAT, AUTO_CAT)]
 
 
 def gains(found: Study, rival: str, metric: str) -> dict[str, float]:
@@ -152,20 +154,11 @@ def gains(found: Study, rival: str, metric: str) -> dict[str, float]:
     table = _scores(found, metric)
     by_cell: dict[str, list[float]] = {}
     for ratio in sorted({outcome.keep_ratio for outcome in found.outcomes}):
-        name = _best_cache(table, ratio, counted) if rival == "step_cache" else rival
         for cell in counted:
-            ours, theirs = table.get((cell, ratio, "cat")), table.get((cell, ratio, name))
+            ours, theirs = table.get((cell, ratio, "cat")), table.get((cell, ratio, rival))
             if ours is not None and theirs is not None:
                 by_cell.setdefault(cell, []).append(ours - theirs)
     return {cell: statistics.fmean(by_cell[cell]) for cell in sorted(by_cell)}
-
-
-def _best_cache(table: Mapping[tuple[str, float, str], float], ratio: float, counted: Iterable[str]) -> str:
-    def mean(name: str) -> float:
-        values = [table[cell, ratio, name] for cell in counted if (cell, ratio, name) in table]
-        return statistics.fmean(values) if values else float("-inf")
-
-    return max(CACHES, key=mean)
 
 
 def _scores(found: Study, metric: str) -> dict[tuple[str, float, str], float]:
@@ -193,13 +186,14 @@ def _losses(found: Study) -> list[float]:
     return [
         table[cell.name, 1.0, "uniform"] - table[cell.name, _LOSS_RATIO, "cat"]
         for cell in found.cells
-        if cell.redundant and (cell.name, _LOSS_RATIO, "cat") in table
+        if cell.redundant and cell.counts and (cell.name, _LOSS_RATIO, "cat") in table
     ]
 
 
 def _auto_ratio(found: Study) -> Check | None:
-    """The automatic keep ratio of the flat still film over that of the fast textured one."""
-    known = [cell for cell in found.cells if cell.texture is not None and cell.motion is not None]
+    """Tokens that hold one PSNR, of the flat still film over those of the fast textured one."""
+    known = [cell for cell in found.cells if cell.texture is not None and cell.motion is not None and not cell.style]
+    tokens = {outcome.cell: outcome.tokens for outcome in found.outcomes if outcome.method == AUTO_CAT}
 
     def extent(cell: Cell) -> float:
         return (cell.texture or 0.0) + (cell.motion or 0.0)
@@ -207,7 +201,7 @@ def _auto_ratio(found: Study) -> Check | None:
     if len(known) < 2:
         return None
     still, fast = min(known, key=extent), max(known, key=extent)
-    return mean_check([found.auto_ratios[still.name] / found.auto_ratios[fast.name]], _AUTO_GOAL)
+    return mean_check([tokens[still.name] / tokens[fast.name]], _AUTO_GOAL)
 
 
 def summary(found: Study) -> list[dict[str, Any]]:
@@ -256,6 +250,35 @@ def gain_rows(found: Study) -> list[dict[str, Any]]:
                 }
             )
     return rows
+
+
+def adapter_rows(found: Study) -> list[dict[str, Any]]:
+    """What the adapter gains, with its interval."""
+    rows = []
+    for (group, ratio), values in adapter_gains(found).items():
+        mean = bootstrap_mean(values)
+        found_at = {"adapter_on": group, "keep_ratio": ratio, "gain_db": mean.value, "low": mean.low, "high": mean.high}
+        rows.append({**found_at, "cells": len(values)})
+    return rows
+
+
+def fit_rows(found: Study) -> list[dict[str, Any]]:
+    """The line from what plans lose to the PSNR that clips come to, whose constants `engines.tokens.budget` has."""
+    counted = {cell.name for cell in found.cells if cell.counts}
+    points = [
+        (math.log10(found.lost[outcome.cell, outcome.keep_ratio]), outcome.scores["psnr_uniform"])
+        for outcome in found.outcomes
+        if outcome.method == "cat"
+        and outcome.cell in counted
+        and found.lost.get((outcome.cell, outcome.keep_ratio), 0.0) > 0.0
+    ]
+    if len({decade for decade, _ in points}) < 2:
+        return []
+    decades, decibels = zip(*points, strict=True)
+    slope, at_unit = statistics.linear_regression(decades, decibels)
+    off = [psnr - at_unit - slope * decade for decade, psnr in points]
+    row = {"psnr_db_at_unit_distortion": at_unit, "psnr_db_per_decade": -slope}
+    return [{**row, "off_by_db": statistics.pstdev(off), "clips": len(points)}]
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

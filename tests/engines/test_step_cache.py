@@ -55,8 +55,10 @@ def test_the_steps_that_run_are_as_many_as_asked_and_evenly_spread(counts: tuple
     chosen = sorted(spread_steps(steps, runs))
     assert len(chosen) == runs
     assert (chosen[0], chosen[-1]) == (0, steps - 1)
-    gaps = {later - earlier for earlier, later in pairwise(chosen)}
-    assert max(gaps) - min(gaps) <= 1
+    if runs > 2:
+        assert chosen[-2] == steps - 2
+        gaps = {later - earlier for earlier, later in pairwise(chosen[:-1])}
+        assert max(gaps) - min(gaps) <= 1
     spent = step_tokens(Grid(3, 4, 4), steps, 1.0, runs)
     assert [step for step, tokens in enumerate(spent) if tokens] == chosen
     assert set(spent) <= {0, 48}
@@ -104,7 +106,7 @@ def test_a_request_gets_what_the_benchs_sampler_makes(core: EngineCore, micro: P
     expected = sample(parts, start, shot.steps, StepCache(spread_steps(7, 4)))
     found, told = render(core, shot)
     assert torch.equal(found, expected.latents)
-    assert tuple(step.tokens for step in told) == expected.tokens == (48, 0, 48, 0, 48, 0, 48)
+    assert tuple(step.tokens for step in told) == expected.tokens == (48, 0, 48, 0, 0, 48, 48)
 
 
 def test_a_cached_step_runs_no_forward_and_has_a_preview(core: EngineCore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,7 +123,7 @@ def test_a_cached_step_runs_no_forward_and_has_a_preview(core: EngineCore, monke
     assert isinstance(answer, RequestStepped)
     assert (answer.step, answer.tokens) == (2, 0)
     assert answer.preview is not None
-    assert answer.next == conditioned.next
+    assert answer.next == first.next
     core.release("a")
 
 
@@ -146,7 +148,7 @@ def test_in_company_each_gets_what_it_would_get_alone(core: EngineCore, tmp_path
     with pytest.raises(EngineError, match=r"a and b cannot share a forward: .*tokens=0.*tokens=48"):
         core.step("ab")
     core.step("ac")  # two cached ones
-    for batch in ("abc", "c", "a", "abc", "b", "b"):
+    for batch in ("ac", "abc", "c", "a", "b", "b", "b"):
         core.step(batch)
     for shot, wanted in zip(shots, expected, strict=True):
         torch.testing.assert_close(latents_of(core, shot.job_id), wanted, rtol=1e-4, atol=1e-4)
@@ -163,7 +165,7 @@ def test_a_clip_that_goes_on_from_any_step_equals_the_uninterrupted_one(core: En
     core.release("a")
     for step in range(CACHED.steps):
         conditioned = core.condition(CACHED, tmp_path / f"{step}.checkpoint")
-        assert conditioned.step_tokens == (48, 0, 48, 0, 48)[: step + 1]
+        assert conditioned.step_tokens == (48, 0, 0, 48, 48)[: step + 1]
         assert conditioned.next == told[step].next
         for later in range(step + 1, CACHED.steps):
             assert core.step_alone("a") == told[later]

@@ -12,11 +12,21 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from cinecat.engines.tokens import study
 from cinecat.engines.tokens.rivals import EQUAL_TOKENS as PARTITIONS
-from cinecat.engines.tokens.study import EQUAL_TIME, Cell, Outcome, Study, StudyWork, make_cells, smaller_sides
+from cinecat.engines.tokens.study import Cell, Outcome, Study, StudyWork, make_cells, smaller_sides
 from cinecat.engines.training.film import make_clip
 from cinecat.server.bench.token_plans import bench_plans
-from cinecat.server.bench.tokens import CACHES, EQUAL_TOKENS, bench_tokens, draw, report_of, write_outcomes
+from cinecat.server.bench.tokens import (
+    ADAPTER_RATIOS,
+    AUTO_CAT,
+    EQUAL_TOKENS,
+    PLAIN_CAT,
+    bench_tokens,
+    draw,
+    report_of,
+    write_outcomes,
+)
 from cinecat.server.commands import bench as bench_command
 
 FILM = make_clip(0, 2, 32, 32)
@@ -32,7 +42,7 @@ PLANNING = {
 }
 STEPS = {"uniform": [2.0, 2.0], "keep_050": [1.0, 1.2], "keep_025": [0.6, 0.6]}
 PSNR = {"cat": 36.0, "fixed": 33.0, "random": 32.0, "similarity": 30.0, "static_clusters": 31.0, "fewer_steps": 35.0}
-PSNR |= {"step_cache": 30.0, "step_cache_early": 34.0, "smaller": 28.0, "progressive": 29.0}
+PSNR |= {"step_cache": 34.0, "smaller": 28.0, "progressive": 29.0}
 CHECKS = {
     "step_ratio_keep_050",
     "step_ratio_keep_025",
@@ -58,12 +68,13 @@ def outcome(cell: str, method: str, psnr: float, ratio: float = 0.5) -> Outcome:
 
 def outcomes(cell: str, psnr: Mapping[str, float]) -> tuple[Outcome, ...]:
     uniform = outcome(cell, "uniform", 36.5, ratio=1.0)
-    return uniform, *(outcome(cell, method, value) for method, value in psnr.items())
+    auto = replace(outcome(cell, AUTO_CAT, 40.0, ratio=1.0), tokens={"flat": 0.2, "fast": 0.8}.get(cell, 1.0))
+    return uniform, auto, *(outcome(cell, method, value) for method, value in psnr.items())
 
 
 def made(psnr: Mapping[str, float] = PSNR, noise: float = 36.0) -> Study:
     shown = outcomes("flat", psnr) + outcomes("fast", psnr) + outcomes("noise", {**psnr, "cat": noise})
-    return Study((FLAT, FAST, NOISE), shown, STEPS, {"flat": 0.2, "fast": 0.8})
+    return Study((FLAT, FAST, NOISE), shown, STEPS, {("flat", 0.5): 0.1, ("fast", 0.5): 1.0})
 
 
 def test_all_checks_of_the_design_are_there_and_can_be_met() -> None:
@@ -87,17 +98,35 @@ def test_the_adapter_is_judged_where_it_gains_least() -> None:
     assert report_of(made(plain), PLANNING, {}).checks["adapter_psnr_gain_db"].met
 
 
+def test_the_adapter_is_judged_plain_and_styled() -> None:
+    plain = {**PSNR, "cat_plain": 33.0}
+    worn = Cell("flat, noir", FILM, 0.0, 0.0, counts=False, style="noir")
+    styled = tuple(outcome(worn.name, method, psnr) for method, psnr in {"cat": 35.0, "cat_plain": 34.0}.items())
+    found = made(plain)
+    report = report_of(replace(found, cells=(*found.cells, worn), outcomes=found.outcomes + styled), PLANNING, {})
+    assert report.checks["adapter_psnr_gain_db"].value == pytest.approx(1.0)
+    gained = {row["adapter_on"]: row["gain_db"] for row in report.results if "adapter_on" in row}
+    assert gained == {"plain": pytest.approx(3.0), "styled": pytest.approx(1.0)}
+    assert report.checks["psnr_gain_vs_fixed_db"] == report_of(found, PLANNING, {}).checks["psnr_gain_vs_fixed_db"]
+
+
+def test_the_constants_of_the_automatic_ratio_are_fitted() -> None:
+    found = made()
+    worse = tuple(
+        replace(one, scores={**one.scores, "psnr_uniform": 30.0}) if (one.cell, one.method) == ("fast", "cat") else one
+        for one in found.outcomes
+    )
+    (row,) = (row for row in report_of(replace(found, outcomes=worse), PLANNING, {}).results if "off_by_db" in row)
+    assert row["psnr_db_at_unit_distortion"] == pytest.approx(30.0)
+    assert row["psnr_db_per_decade"] == pytest.approx(6.0)
+    assert row["off_by_db"] == pytest.approx(0.0, abs=1e-9)
+
+
 def test_a_rival_that_is_better_is_named_a_loss() -> None:
     report = report_of(made({**PSNR, "fewer_steps": 40.0}), PLANNING, {})
     assert not report.checks["psnr_gain_vs_fewer_steps_db"].met
     row = next(row for row in report.results if row.get("cat_against") == "fewer_steps")
     assert (row["cat"], row["gain_db"], row["cells_won"]) == ("loses", pytest.approx(-4.0), 0)
-
-
-def test_the_better_cache_is_the_one_to_beat() -> None:
-    assert report_of(made(), PLANNING, {}).checks["psnr_gain_vs_step_cache_db"].value == pytest.approx(2.0)
-    swapped = {**PSNR, "step_cache": 37.0}
-    assert not report_of(made(swapped), PLANNING, {}).checks["psnr_gain_vs_step_cache_db"].met
 
 
 def test_noise_counts_in_no_mean() -> None:
@@ -124,18 +153,18 @@ def test_every_clip_is_a_row_and_the_curves_are_drawn(tmp_path: Path) -> None:
     write_outcomes(found, tmp_path / "out" / "clips.csv")
     rows = list(csv.DictReader((tmp_path / "out" / "clips.csv").open()))
     assert len(rows) == 33
-    assert (rows[1]["cell"], rows[1]["method"], rows[1]["psnr_uniform"]) == ("flat", "cat", "36.0")
+    assert (rows[2]["cell"], rows[2]["method"], rows[2]["psnr_uniform"]) == ("flat", "cat", "36.0")
     draw(found, tmp_path / "out" / "tokens.png")
     assert (tmp_path / "out" / "tokens.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_rivals_are_those_of_the_engines() -> None:
     assert tuple(PARTITIONS) == EQUAL_TOKENS
-    assert set(CACHES) < set(EQUAL_TIME)
+    assert (study.PLAIN_CAT, study.AUTO_CAT, study.ADAPTER_RATIOS) == (PLAIN_CAT, AUTO_CAT, ADAPTER_RATIOS)
 
 
 def test_every_redundancy_and_every_open_kind_has_a_cell() -> None:
-    work = StudyWork(side=32, frames=5, textures=(0.0, 1.0), motions=(0.0, 1.0))
+    work = StudyWork(side=32, frames=5, textures=(0.0, 1.0), motions=(0.0, 1.0), styles=())
     cells = make_cells(work)
     assert [cell.name for cell in cells if not cell.counts] == ["noise"]
     assert {(cell.texture, cell.motion) for cell in cells} >= {(0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (1.0, 1.0)}

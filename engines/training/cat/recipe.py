@@ -25,6 +25,7 @@ class CatRecipe:
         films: that are trained on, each with one course of the teacher.
         held_out: further films, which are only measured on.
         solver_steps: fewest and most that a course has; few are drawn more often.
+        whole_steps: least and greatest share of them that are on all tokens.
         prompt_dropout: part of the courses that see an empty prompt, as the second branch of guidance does.
         evaluate_every: steps between two measurements, each with a checkpoint.
     """
@@ -38,12 +39,13 @@ class CatRecipe:
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.01
     average: float = 0.98
-    rungs: tuple[float, ...] = (0.75, 0.5, 0.375, 0.25)
+    rungs: tuple[float, ...] = (0.5, 0.375, 0.25, 0.125)
     sizes: tuple[tuple[int, int], ...] = ((128, 128), (256, 256))
     frames: int = 17
     films: int = 96
     held_out: int = 12
     solver_steps: tuple[int, int] = (8, 30)
+    whole_steps: tuple[float, float] = (0.15, 0.7)
     prompt_dropout: float = 0.1
     evaluate_every: int = 20
     seed: int = 0

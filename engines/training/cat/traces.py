@@ -1,11 +1,10 @@
 """What the uniform model predicts along courses of denoising, computed once and kept on disk.
 
-A course costs as many forwards as it has steps and gives a sample for each but the first, whose two predictions, of the
-step and of the step before, are then there for any number of rungs; a sample alone would cost two. Three kinds take
-turns. On "noised" courses the noisy latents are films with noise, one noise for all levels. On "sampled" courses the
-solver leads through what the uniform model itself makes: that is where inference is while it spends all tokens. On
-"merged" courses it leads on merged tokens behind the first step, at a rung: that is where inference is once it spends
-fewer, with the deviations inside of tokens handed on from step to step.
+A course costs as many forwards as it has steps. Some of its steps are whole, spread as inference spreads them; each of
+the others gives a sample for any number of rungs: what is expected of it, carried on from the whole ones before, and
+what the uniform model predicts. Three kinds take turns. On "noised" courses the noisy latents are films with noise, one
+noise for all levels. On "sampled" courses the solver leads through what the uniform model itself makes. On "merged"
+courses it leads on merged tokens wherever steps are not whole: that is where inference is.
 """
 
 from __future__ import annotations
@@ -24,6 +23,8 @@ from torch import Tensor
 from cinecat.engines import stages
 from cinecat.engines.model import WanEncoders, WanModel
 from cinecat.engines.stages import starting_noise
+from cinecat.engines.step_cache import Remembered
+from cinecat.engines.tokens.schedule import spread_steps
 from cinecat.engines.training.cat.recipe import CatRecipe
 from cinecat.engines.training.cat.two_paths import Given, TwoPaths
 from cinecat.engines.training.film import HELD_OUT, make_clip
@@ -42,6 +43,7 @@ class TraceSpec:
 
     Attributes:
         seed: of the film and of the noise.
+        whole: how many of its steps are.
         rung: of the steps on merged tokens; 1.0 where there are none.
         style: fingerprint of what is worn; empty for none.
         bare: whether the prompt is empty.
@@ -52,6 +54,7 @@ class TraceSpec:
     height: int
     frames: int
     steps: int
+    whole: int
     kind: Kind
     rung: float
     style: str
@@ -72,12 +75,12 @@ class Film:
 
 @dataclass(frozen=True)
 class State:
-    """A step of a course but the first, on the CPU, float32.
+    """A step of a course that is not whole, on the CPU, float32.
 
     Attributes:
         timestep: in the scheduler's units.
         noisy: latents before the step, [16, T, H, W].
-        prediction: of the clean latents by the step before.
+        prediction: of the clean latents, carried on from whole steps before.
         target: the uniform model's prediction of them.
     """
 
@@ -89,13 +92,13 @@ class State:
 
 @dataclass(frozen=True)
 class Trace:
-    """A course on disk: safetensors, float16, of its steps but the first."""
+    """A course on disk: safetensors, float16, of those of its steps that are not whole."""
 
     spec: TraceSpec
     path: Path
 
     def __len__(self) -> int:
-        return self.spec.steps - 1
+        return self.spec.steps - self.spec.whole
 
     def state(self, index: int) -> State:
         with safe_open(self.path, "pt") as file:
@@ -124,18 +127,21 @@ def _drawn(recipe: CatRecipe, styles: Sequence[str], first_seed: int, count: int
     sizes, (fewest, most) = recipe.sizes, recipe.solver_steps
     for index in range(count):
         draw = torch.Generator().manual_seed(recipe.seed * 1_000_003 + first_seed + index)
-        uniform, dropped = torch.rand(2, generator=draw).tolist()
+        uniform, dropped, share = torch.rand(3, generator=draw).tolist()
         rung = int(torch.randint(len(recipe.rungs), (), generator=draw))
         turn, size = divmod(index, len(sizes))
         turn, styled = divmod(turn, 2)
         kind = KINDS[turn % len(KINDS)]
+        steps = min(most, fewest + int((most - fewest + 1) * uniform**2))
+        least, top = recipe.whole_steps
         specs.append(
             TraceSpec(
                 seed=first_seed + index,
                 width=sizes[size][0],
                 height=sizes[size][1],
                 frames=recipe.frames,
-                steps=min(most, fewest + int((most - fewest + 1) * uniform**2)),
+                steps=steps,
+                whole=max(1, round(steps * (least + (top - least) * share))),
                 kind=kind,
                 rung=recipe.rungs[rung] if kind == "merged" else 1.0,
                 style=styles[turn % len(styles)] if styled and styles else "",
@@ -199,15 +205,15 @@ def run_course(spec: TraceSpec, film: Film, paths: TwoPaths, scheduler: Any) -> 
         scheduler: a fresh one, set to the spec's steps, on the CPU.
 
     Returns:
-        noisy, prediction and target, float16 [steps - 1, 16, T, H, W]; timesteps, float32 [steps - 1]; condition, text
-        and image, of which `Trace.given` makes what the shot is made from.
+        noisy, prediction and target, float16 [steps - whole, 16, T, H, W]; timesteps, float32 [steps - whole];
+        condition, text and image, of which `Trace.given` makes what the shot is made from.
     """
     # The teacher sees what the student will: what float16 has left.
     condition = film.given.condition.half()
     given = replace(film.given, condition=condition.float())
     noisy = noise = starting_noise(spec.seed, (16, *condition.shape[1:]), condition.device)
-    prediction: Tensor | None = None
-    rows = []
+    whole, remembered = spread_steps(spec.steps, spec.whole), Remembered()
+    rows, levels = [], []
     for step, timestep in enumerate(scheduler.timesteps):
         level = float(timestep)
         sigma = level / 1000.0
@@ -215,11 +221,14 @@ def run_course(spec: TraceSpec, film: Film, paths: TwoPaths, scheduler: Any) -> 
             noisy = (1.0 - sigma) * film.clean + sigma * noise
         target = paths.clean(noisy, level, given, spec.style).cpu()
         went = target
-        if prediction is not None:
-            rows.append({"noisy": noisy, "prediction": prediction, "target": target})
+        if step in whole:
+            remembered = remembered.with_step(sigma, target)
+        else:
+            expected = remembered.carried_on(sigma)
+            rows.append({"noisy": noisy, "prediction": expected, "target": target})
+            levels.append(level)
             if spec.kind == "merged":
-                went = paths.clean(noisy, level, given, spec.style, prediction, spec.rung).cpu()
-        prediction = went
+                went = paths.clean(noisy, level, given, spec.style, expected, spec.rung).cpu()
         if film.clean is None and step + 1 < len(scheduler.timesteps):
             velocity = (noisy - went) / sigma
             noisy = scheduler.step(velocity[None], timestep, noisy[None], return_dict=False)[0][0]
@@ -227,6 +236,6 @@ def run_course(spec: TraceSpec, film: Film, paths: TwoPaths, scheduler: Any) -> 
         "condition": condition,
         "text": given.text,
         "image": given.image,
-        "timesteps": scheduler.timesteps[1:].float(),
+        "timesteps": torch.tensor(levels),
         **{name: torch.stack([row[name] for row in rows]).half() for name in rows[0]},
     }

@@ -92,7 +92,8 @@ class TwoPaths:
             noisy: [16, T, H, W], float32.
             timestep: in the scheduler's units (0 to 1000).
             style: that is worn at strength 1; empty for none.
-            prediction: of the clean latents by the step before, [16, T, H, W], float32; None spends all tokens.
+            prediction: of the clean latents, carried on from steps before, [16, T, H, W], float32; None spends all
+                tokens.
             rung: that the plan is made for.
             adapted: whether the adapter is worn, and gets gradients.
         """
@@ -148,7 +149,7 @@ def plan_for(prediction: Tensor, rung: float) -> TokenPlan:
     """The plan that a merged step has at a rung.
 
     Args:
-        prediction: of the clean latents by the step before, float32 [16, T, H, W].
+        prediction: of the clean latents, carried on from steps before, float32 [16, T, H, W].
     """
     frames, height, width = prediction.shape[1:]
     grid = Grid(frames, height // path.PATCH, width // path.PATCH)

@@ -12,10 +12,12 @@ from torch import Tensor
 from cinecat.engines.checkpoint import find_checkpoint
 from cinecat.engines.core import EngineCore
 from cinecat.engines.messages import CoreConfig
-from cinecat.engines.tokens import samplers
+from cinecat.engines.tokens import samplers, schedule
+from cinecat.engines.tokens.adaptive import AdaptiveTokens
 from cinecat.engines.tokens.grid import Grid
 from cinecat.engines.tokens.rivals import fixed_grid
 from cinecat.engines.tokens.samplers import (
+    ContentAdaptive,
     Forward,
     Parts,
     Progressive,
@@ -27,7 +29,6 @@ from cinecat.engines.tokens.samplers import (
     begin,
     begin_smaller,
     decode,
-    late_steps,
     sample,
 )
 from cinecat.engines.tokens.schedule import spread_steps
@@ -60,7 +61,8 @@ def test_guidance_runs_both_branches(parts: Parts) -> None:
     assert not torch.equal(sample(parts, guided, 2, Uniform()).latents, plain.latents)
 
 
-def test_rivals_spend_the_budgets_of_cat(parts: Parts, start: Start) -> None:
+def test_rivals_spend_the_budgets_of_cat(parts: Parts, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schedule, "MERGED_RUNG", 0.5)  # below it so few patches leave no choice
     ours = sample(parts, start, STEPS, adaptive(0.8)(start.grid, STEPS))
     theirs = sample(parts, start, STEPS, adaptive(0.8, fixed_grid)(start.grid, STEPS))
     assert ours.tokens == theirs.tokens
@@ -88,14 +90,28 @@ def test_change_carries_the_last_two_predictions_on() -> None:
     assert decision.clean.item() == pytest.approx(3.0)
 
 
-@pytest.mark.parametrize(("runs", "expected"), [(1, {0}), (2, {0, 5}), (3, {0, 2, 5}), (6, {0, 1, 2, 3, 4, 5})])
-def test_spread_steps_keep_both_ends(runs: int, expected: set[int]) -> None:
+@pytest.mark.parametrize(
+    ("runs", "expected"), [(1, {0}), (2, {0, 5}), (3, {0, 4, 5}), (4, {0, 2, 4, 5}), (6, {0, 1, 2, 3, 4, 5})]
+)
+def test_spread_steps_keep_the_first_and_the_last_two(runs: int, expected: set[int]) -> None:
     assert spread_steps(6, runs) == expected
 
 
-@pytest.mark.parametrize(("runs", "expected"), [(2, {0, 3}), (3, {0, 2, 4}), (5, {0, 2, 3, 4, 5}), (6, set(range(6)))])
-def test_late_steps_reuse_early(runs: int, expected: set[int]) -> None:
-    assert late_steps(6, runs) == expected
+def test_merged_steps_begin_with_what_whole_ones_lead_to(parts: Parts, start: Start) -> None:
+    policy = ContentAdaptive(AdaptiveTokens(start.grid, 4, keep_ratio=0.8))
+    cache = StepCache(frozenset([0]))
+    latents = start.noise
+    for step, (sigma, tokens) in enumerate([(0.9, 32), (0.8, 32), (0.6, 16)]):
+        decision = policy.decide(step, sigma)
+        merged = decision.merged if isinstance(decision, Forward) else None
+        if merged is not None:
+            expected = cache.decide(step, sigma)
+            assert isinstance(expected, Reuse)
+            assert torch.equal(merged.prediction, expected.clean)
+        velocity = torch.full_like(latents, float(step))
+        policy.observe(latents, velocity, sigma, tokens)
+        if tokens == start.grid.count:
+            cache.observe(latents, velocity, sigma, tokens)
 
 
 def test_progressive_steps_start_coarse_and_end_whole(parts: Parts, start: Start) -> None:

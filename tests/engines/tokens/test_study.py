@@ -11,6 +11,7 @@ import pytest
 from cinecat.engines.quality.pixels import MOST_DECIBELS
 from cinecat.engines.tokens.rivals import EQUAL_TOKENS
 from cinecat.engines.tokens.study import (
+    AUTO_CAT,
     EQUAL_TIME,
     Costs,
     Study,
@@ -36,6 +37,7 @@ def work(micro: Path) -> StudyWork:
         textures=(0.5,),
         motions=(0.0,),
         open_kinds=("roam",),
+        styles=(),
         pairs=2,
     )
 
@@ -49,6 +51,7 @@ def test_everybody_runs_on_every_film(found: Study, work: StudyWork) -> None:
     everybody = {"cat", *EQUAL_TOKENS, *EQUAL_TIME}
     ran = {(outcome.cell, outcome.keep_ratio, outcome.method) for outcome in found.outcomes}
     cells = ["texture 0.5, motion 0", "roam"]
+    assert sorted(cell for cell, _, method in ran if method == AUTO_CAT) == sorted(cells)
     assert {method for cell, ratio, method in ran if cell == "roam" and ratio == 0.5} == everybody
     assert ran >= {(cell, 0.75, method) for cell in cells for method in everybody - {"static_clusters", "smaller"}}
     assert {ratio for cell, ratio, _ in ran if cell == "noise"} == {1.0, 0.5}
@@ -77,7 +80,7 @@ def test_single_steps_of_every_kind_are_timed(found: Study) -> None:
 
 
 def test_the_cells_that_the_checks_compare_are_run_first() -> None:
-    work = StudyWork(side=32, frames=5)
+    work = StudyWork(side=32, frames=5, styles=())
     names = [cell.name for cell in make_cells(work)]
     assert names[:2] == ["texture 0, motion 0", "texture 1, motion 1"]
     assert len(set(names)) == len(names) == 9 + len(OPEN_KINDS) + 1
@@ -85,6 +88,22 @@ def test_the_cells_that_the_checks_compare_are_run_first() -> None:
         "texture 0.5, motion 0",
         "noise",
     ]
+
+
+def test_every_other_film_comes_again_in_one_style_after_the_other() -> None:
+    cells = make_cells(StudyWork(side=32, frames=5, noise=False))
+    styled = [cell for cell in cells if cell.style]
+    assert [cell.style for cell in styled[:4]] == ["noir", "amber", "blueprint", "noir"]
+    assert len(styled) == (9 + len(OPEN_KINDS)) // 2
+    for cell in styled:
+        before = cells[cells.index(cell) - 1]
+        assert cell.name == f"{before.name}, {cell.style}"
+        assert cell.film is before.film
+        assert not cell.counts
+
+
+def test_what_plans_lose_falls_with_the_keep_ratio(found: Study) -> None:
+    assert found.lost["roam", 0.5] > found.lost["roam", 0.75] > 0.0
 
 
 def test_what_there_is_no_time_for_is_named(work: StudyWork) -> None:

@@ -36,8 +36,10 @@ def scheduler(steps: int) -> Any:
     return solver
 
 
-def spec(kind: Kind = "sampled", seed: int = 0, rung: float = 1.0, style: str = "", bare: bool = False) -> TraceSpec:
-    return TraceSpec(seed, 64, 64, 9, 4, kind, rung, style, bare)
+def spec(
+    kind: Kind = "sampled", seed: int = 0, rung: float = 1.0, style: str = "", bare: bool = False, whole: int = 1
+) -> TraceSpec:
+    return TraceSpec(seed, 64, 64, 9, 4, whole, kind, rung, style, bare)
 
 
 def two_paths(styles: Mapping[str, Factors] | None = None) -> tuple[TwoPaths, Any]:

@@ -30,7 +30,7 @@ def run(*arguments: object) -> Result:
 
 
 def options(micro: Path, folder: Path) -> list[object]:
-    amounts = ["--films", 2, "--held-out", 1, "--steps", 2, "--accumulation", 1, "--evaluate-every", 1, "--rank", 2]
+    amounts = ["--films", 2, "--held-out", 1, "--steps", 6, "--accumulation", 2, "--evaluate-every", 3, "--rank", 2]
     size = ["--sizes", "64x64", "--frames", 9, "--learning-rate", 0.003, "--device", "cpu"]
     return ["--model", micro, "--out", folder / "adapter", "--work", folder / "work", *amounts, *size]
 
