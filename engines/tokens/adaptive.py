@@ -16,13 +16,22 @@ from cinecat.engines.tokens.budget import keep_ratio_for, step_tokens
 from cinecat.engines.tokens.grid import Grid
 from cinecat.engines.tokens.plan import TokenPlan
 
-FIRST_FRAME_WEIGHT = 4.0
+FIRST_FRAME_WEIGHT = 16.0
 """On what merging loses in the first latent frame, which is known and which all others look at."""
 
 
 def price(grid: Grid, clean: Tensor) -> Prices:
     """Prices clean latents [1, 16, T, H, W], float32, as requests have them priced."""
     return Prices.of(Regions.of(grid, str(clean.device)), path.to_patches(clean)[0], FIRST_FRAME_WEIGHT)
+
+
+def motion_of(clean: Tensor) -> float:
+    """How much clean latents [1, 16, T, H, W] change from one latent frame to the next: the mean square of it.
+
+    The first frame, which stands for one frame of the clip and not four, counts where there are no more than two.
+    """
+    frames = clean[:, :, 1:] if clean.shape[2] > 2 else clean
+    return float(frames.diff(dim=2).square().mean()) if frames.shape[2] > 1 else 0.0
 
 
 @dataclass
@@ -84,8 +93,7 @@ class AdaptiveTokens:
         self.spent.append(tokens)
         if self.target_psnr_db is not None and len(self.spent) == 1:
             with self._timed():
-                prices = price(self.grid, clean)
-                self.keep_ratio = keep_ratio_for(self.grid, self.steps, self.target_psnr_db, prices.distortion_at)
+                self.keep_ratio = keep_ratio_for(self.steps, self.target_psnr_db, motion_of(clean))
 
     @contextmanager
     def _timed(self) -> Iterator[None]:

@@ -123,7 +123,6 @@ class Prices:
         tokens: int64 [regions, 4]: tokens at each level.
         distortion: float32 [regions, 4]: of each level; falls along it.
         order: int64 [3 x regions]: halvings, best first; halving i is the (i % 3 + 1)-th of region i // 3.
-        gain: float32 [3 x regions]: distortion saved per token, in that order.
     """
 
     regions: Regions
@@ -131,7 +130,6 @@ class Prices:
     tokens: Tensor
     distortion: Tensor
     order: Tensor
-    gain: Tensor
 
     @classmethod
     def of(cls, regions: Regions, values: Tensor, first_frame_weight: float = 1.0) -> Prices:
@@ -153,7 +151,7 @@ class Prices:
         distortion = distortions.gather(1, levels).cummin(dim=1).values
         gain = _convex(tokens.diff(dim=1), -distortion.diff(dim=1)).flatten()
         order = torch.argsort(gain, descending=True, stable=True)
-        return cls(regions, levels, tokens, distortion, order, gain[order])
+        return cls(regions, levels, tokens, distortion, order)
 
     @cached_property
     def _spent(self) -> Tensor:
@@ -164,35 +162,6 @@ class Prices:
     def least(self) -> int:
         """Tokens with every region merged into one."""
         return self.regions.grid.least
-
-    def tokens_at(self, gain: float) -> int:
-        """Tokens when every halving is bought that saves at least `gain` distortion per token."""
-        bought = int((self.gain >= gain).sum())
-        return int(self._spent[bought - 1]) if bought else self.least
-
-    @cached_property
-    def _lost(self) -> Tensor:
-        """float64 [1 + 3 x regions]: distortion before any halving, then once each, in order, is bought."""
-        saved = -self.distortion.double().diff(dim=1).flatten()[self.order]
-        total = self.distortion[:, 0].double().sum()[None]
-        return torch.cat([total, total - saved.cumsum(0)])
-
-    def distortion_at(self, budget: int) -> float:
-        """Distortion of the plan that `allocate` makes of a budget, without making it.
-
-        Where the budget ends within a halving, that one region is taken to save in proportion to its tokens.
-
-        Raises:
-            ValueError: as `allocate`.
-        """
-        self._check(budget)
-        bought = int(torch.searchsorted(self._spent, budget, right=True))
-        lost = float(self._lost[bought])
-        before = int(self._spent[bought - 1]) if bought else self.least
-        if budget > before:
-            share = (budget - before) / (int(self._spent[bought]) - before)
-            lost += share * (float(self._lost[bought + 1]) - lost)
-        return max(0.0, lost)
 
     def allocate(self, budget: int) -> TokenPlan:
         """The plan of least distortion within exactly `budget` tokens.

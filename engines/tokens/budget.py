@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Callable
 
 from cinecat.engines.tokens.grid import Grid
 from cinecat.engines.tokens.schedule import LEAST_KEEP_RATIO, rung_tokens, spread_steps, step_rungs
@@ -12,10 +10,13 @@ from cinecat.engines.tokens.schedule import LEAST_KEEP_RATIO, rung_tokens, sprea
 KEEP_RATIOS = (0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 """Of clips that hold a quality, one of these."""
 
-PSNR_DB_AT_UNIT_DISTORTION = 30.0
-PSNR_DB_PER_DECADE = 6.0
-"""PSNR of merged clips to the uniform ones at the same seed, over what their plans lose. Guesses until they are fitted
-to `cinecat bench tokens`, one model at a time: a target is a wish, not a promise.
+PSNR_DB_AT_UNIT_MOTION = 34.7
+PSNR_DB_PER_DECADE_OF_MOTION = 14.5
+PSNR_DB_PER_DECADE_OF_GAP = 28.8
+PSNR_DB_OFF = 7.3
+"""PSNR of wan-tiny's clips to the uniform ones at the same seed, over how much moves in them and how far their whole
+steps lie apart, and the standard deviation of what that misses: fitted by `cinecat bench tokens` (docs/benchmarks). It
+cannot see in a first prediction what will enter later on: a target is a wish, not a promise.
 """
 
 
@@ -35,32 +36,30 @@ def least_keep_ratio(grid: Grid) -> float:
     return rung_tokens(grid, LEAST_KEEP_RATIO) / grid.count
 
 
-def expected_psnr_db(distortion: float) -> float:
-    """PSNR to the uniform result, in dB, that is to be expected of plans which lose that much.
+def expected_psnr_db(steps: int, keep_ratio: float, motion: float) -> float:
+    """PSNR to the uniform result, in dB, that is to be expected of a clip.
+
+    What a merged step begins with is carried on over the gap between whole steps, and goes wrong where things move;
+    detail that stands still costs nothing, however fine.
 
     Args:
-        distortion: squared deviation of the clean prediction from its tokens' means, as `Prices` weighs it, per patch;
-            the mean over all steps.
+        motion: as of `adaptive.motion_of`.
     """
-    if distortion <= 0.0:
+    whole = step_rungs(steps, keep_ratio).count(1.0)
+    if motion <= 0.0 or whole == steps:
         return math.inf
-    return PSNR_DB_AT_UNIT_DISTORTION - PSNR_DB_PER_DECADE * math.log10(distortion)
+    gap = PSNR_DB_PER_DECADE_OF_GAP * math.log10(steps / whole)
+    return PSNR_DB_AT_UNIT_MOTION - PSNR_DB_PER_DECADE_OF_MOTION * math.log10(motion) - gap
 
 
-def keep_ratio_for(grid: Grid, steps: int, target_psnr_db: float, distortion_at: Callable[[int], float]) -> float:
-    """The smallest of KEEP_RATIOS that is expected to hold a quality; 1 when no other does.
+def keep_ratio_for(steps: int, target_psnr_db: float, motion: float) -> float:
+    """The smallest of KEEP_RATIOS that should hold a quality, with a standard deviation to spare; else 1.
 
     Args:
         target_psnr_db: PSNR to the uniform result, in dB.
-        distortion_at: what a plan of so many tokens loses in total, for the content at hand.
+        motion: of the content at hand, as of `adaptive.motion_of`.
     """
     for keep_ratio in KEEP_RATIOS:
-        if expected_psnr_db(mean_distortion(grid, steps, keep_ratio, distortion_at)) >= target_psnr_db:
+        if expected_psnr_db(steps, keep_ratio, motion) >= target_psnr_db + PSNR_DB_OFF:
             return keep_ratio
     return 1.0
-
-
-def mean_distortion(grid: Grid, steps: int, keep_ratio: float, distortion_at: Callable[[int], float]) -> float:
-    """What the plans of a clip's steps lose, as `expected_psnr_db` takes it; arguments as those of `keep_ratio_for`."""
-    spent = Counter(step_tokens(grid, steps, keep_ratio))
-    return sum(count * distortion_at(tokens) for tokens, count in spent.items()) / (steps * grid.count)

@@ -60,7 +60,7 @@ def _blind(regions: Regions, turn: Tensor, budget: int) -> TokenPlan:
         turn = torch.where(regions.first[:, None], turn - 4.0, turn)
     order = torch.argsort(turn.flatten(), stable=True)
     nothing = torch.zeros_like(levels, dtype=torch.float32)
-    return Prices(regions, levels, tokens, nothing, order, nothing[:, 1:].flatten()).allocate(budget)
+    return Prices(regions, levels, tokens, nothing, order).allocate(budget)
 
 
 def similarity(grid: Grid, content: Tensor, budget: int) -> TokenPlan:

@@ -15,7 +15,7 @@ MULTIPLE = 8
 LEAST_KEEP_RATIO = 0.125
 
 MERGED_RUNG = 0.25
-"""Of merged steps. The fewer tokens they have, the more steps have all (docs/token-allocation.md)."""
+"""Of merged steps where many are whole, so that there is something to allocate (docs/token-allocation.md)."""
 
 
 def spread_steps(steps: int, runs: int) -> frozenset[int]:
@@ -44,8 +44,8 @@ def step_rungs(steps: int, keep_ratio: float) -> tuple[float, ...]:
     """The rung of every step, so that their mean comes as near to the keep ratio as it can without exceeding it.
 
     Steps at full tokens are spread as those that run under step caching, so that between two of them few are merged: a
-    merged one begins with what is carried on from the last two whole ones. All others are at MERGED_RUNG, or at the
-    lowest rung where that leaves too few whole ones.
+    merged one begins with what is carried on from the last two whole ones. All others are at MERGED_RUNG where that
+    leaves half of the steps whole, and else at the lowest rung, since a whole step is worth more than tokens between.
 
     Args:
         keep_ratio: above 0, at most 1, over all steps of the clip. Where it cannot be held, since the first step alone
@@ -54,7 +54,7 @@ def step_rungs(steps: int, keep_ratio: float) -> tuple[float, ...]:
     for rung in (MERGED_RUNG, RUNGS[-1]):
         # whole + (steps - whole) x rung <= keep_ratio x steps
         whole = math.floor(steps * (keep_ratio - rung) / (1.0 - rung) + 1e-9)
-        if whole >= steps // 4:
+        if whole >= steps // 2:
             break
     chosen = spread_steps(steps, min(steps, max(1, whole)))
     return tuple(1.0 if step in chosen else rung for step in range(steps))

@@ -25,8 +25,7 @@ from cinecat.engines.quality.lpips import load_lpips
 from cinecat.engines.quality.pixels import MOST_DECIBELS, psnr, temporal_flicker
 from cinecat.engines.quality.structure import structure
 from cinecat.engines.slots import NO_STYLE
-from cinecat.engines.tokens.adaptive import AdaptiveTokens, price
-from cinecat.engines.tokens.budget import mean_distortion
+from cinecat.engines.tokens.adaptive import AdaptiveTokens, motion_of, price
 from cinecat.engines.tokens.rivals import EQUAL_TOKENS
 from cinecat.engines.tokens.samplers import (
     ContentAdaptive,
@@ -170,14 +169,16 @@ class Study:
     Attributes:
         step_seconds: samples of single steps, by name: "uniform", "coarse", "keep_050", "keep_025", "tokens_N" for
             merged steps of N tokens, "side_N" for a smaller clip; planning, merge and unmerge included.
-        lost: by cell and keep ratio, what plans for the first step's prediction lose, as `budget.mean_distortion`.
+        motion: by cell, what the first step predicts, as `adaptive.motion_of`.
+        steps: of the uniform path.
         left_out: names of cells for which there was no time.
     """
 
     cells: tuple[Cell, ...]
     outcomes: tuple[Outcome, ...]
     step_seconds: Mapping[str, Sequence[float]]
-    lost: Mapping[tuple[str, float], float]
+    motion: Mapping[str, float]
+    steps: int
     left_out: tuple[str, ...] = ()
 
 
@@ -285,13 +286,13 @@ def study(
     }
     styles = StyleRegistry([BUNDLED])
     outcomes: list[Outcome] = []
-    lost: dict[tuple[str, float], float] = {}
+    motion: dict[str, float] = {}
     slowest = 0.0
     for index, cell in enumerate(cells):
         began = time.monotonic()
         if index > 0 and began + slowest > deadline:
             left = tuple(cell.name for cell in cells[index:])
-            return Study(tuple(cells[:index]), tuple(outcomes), steps, lost, left)
+            return Study(tuple(cells[:index]), tuple(outcomes), steps, motion, work.steps, left)
         outfit = parts.wardrobe.dress(_use(styles, cell.style), merging=True)
         start = _begin(parts, work, cell, outfit)
         watched = _Watched()
@@ -300,9 +301,7 @@ def study(
         outcomes.append(outcome)
         moved(len(outcomes))
         assert watched.first is not None
-        prices = price(start.grid, watched.first)
-        for ratio in work.keep_ratios:
-            lost[cell.name, ratio] = mean_distortion(start.grid, work.steps, ratio, prices.distortion_at)
+        motion[cell.name] = motion_of(watched.first)
         # In alternating order, so that a machine that slows down slows everybody.
         planned = list(_planned(work, cell, methods, parts.has_adapter))
         for ratio, method in planned if index % 2 == 0 else planned[::-1]:
@@ -311,7 +310,7 @@ def study(
             moved(len(outcomes))
         parts.wardrobe.undress(outfit)
         slowest = max(slowest, time.monotonic() - began)
-    return Study(tuple(cells), tuple(outcomes), steps, lost)
+    return Study(tuple(cells), tuple(outcomes), steps, motion, work.steps)
 
 
 @dataclass

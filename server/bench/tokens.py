@@ -6,7 +6,6 @@ Quality is that of the decoded clips: against the uniform result of the same see
 from __future__ import annotations
 
 import csv
-import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -263,22 +262,25 @@ def adapter_rows(found: Study) -> list[dict[str, Any]]:
 
 
 def fit_rows(found: Study) -> list[dict[str, Any]]:
-    """The line from what plans lose to the PSNR that clips come to, whose constants `engines.tokens.budget` has."""
-    counted = {cell.name for cell in found.cells if cell.counts}
-    points = [
-        (math.log10(found.lost[outcome.cell, outcome.keep_ratio]), outcome.scores["psnr_uniform"])
-        for outcome in found.outcomes
-        if outcome.method == "cat"
-        and outcome.cell in counted
-        and found.lost.get((outcome.cell, outcome.keep_ratio), 0.0) > 0.0
-    ]
-    if len({decade for decade, _ in points}) < 2:
+    """From motion and the gap between whole steps to PSNR: the plane whose constants `engines.tokens.budget` has."""
+    import numpy as np
+
+    from cinecat.engines.tokens.schedule import step_rungs
+
+    counted = {cell.name for cell in found.cells if cell.counts and found.motion.get(cell.name, 0.0) > 0.0}
+    clips = [outcome for outcome in found.outcomes if outcome.method == "cat" and outcome.cell in counted]
+    if len({outcome.keep_ratio for outcome in clips}) < 2 or len(counted) < 2:
         return []
-    decades, decibels = zip(*points, strict=True)
-    slope, at_unit = statistics.linear_regression(decades, decibels)
-    off = [psnr - at_unit - slope * decade for decade, psnr in points]
-    row = {"psnr_db_at_unit_distortion": at_unit, "psnr_db_per_decade": -slope}
-    return [{**row, "off_by_db": statistics.pstdev(off), "clips": len(points)}]
+    ones = np.ones(len(clips))
+    motion = np.log10([found.motion[outcome.cell] for outcome in clips])
+    rungs = [step_rungs(found.steps, outcome.keep_ratio) for outcome in clips]
+    gap = np.log10([len(each) / each.count(1.0) for each in rungs])
+    decibels = np.array([outcome.scores["psnr_uniform"] for outcome in clips])
+    axes = np.stack([ones, motion, gap], axis=1)
+    (at_unit, of_motion, of_gap), *_ = np.linalg.lstsq(axes, decibels, rcond=None)
+    off = decibels - axes @ np.array([at_unit, of_motion, of_gap])
+    row = {"psnr_db_at_unit_motion": at_unit, "per_decade_of_motion": -of_motion, "per_decade_of_gap": -of_gap}
+    return [{**{name: float(value) for name, value in row.items()}, "off_db": float(off.std()), "clips": len(clips)}]
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from cinecat.server.bench.tokens import (
     PLAIN_CAT,
     bench_tokens,
     draw,
+    fit_rows,
     report_of,
     write_outcomes,
 )
@@ -74,7 +76,7 @@ def outcomes(cell: str, psnr: Mapping[str, float]) -> tuple[Outcome, ...]:
 
 def made(psnr: Mapping[str, float] = PSNR, noise: float = 36.0) -> Study:
     shown = outcomes("flat", psnr) + outcomes("fast", psnr) + outcomes("noise", {**psnr, "cat": noise})
-    return Study((FLAT, FAST, NOISE), shown, STEPS, {("flat", 0.5): 0.1, ("fast", 0.5): 1.0})
+    return Study((FLAT, FAST, NOISE), shown, STEPS, {"flat": 0.1, "fast": 1.0}, 12)
 
 
 def test_all_checks_of_the_design_are_there_and_can_be_met() -> None:
@@ -111,15 +113,16 @@ def test_the_adapter_is_judged_plain_and_styled() -> None:
 
 
 def test_the_constants_of_the_automatic_ratio_are_fitted() -> None:
-    found = made()
-    worse = tuple(
-        replace(one, scores={**one.scores, "psnr_uniform": 30.0}) if (one.cell, one.method) == ("fast", "cat") else one
-        for one in found.outcomes
+    cells = tuple(Cell(name, FILM, 0.0, 0.0) for name in "abc")
+    motion = {"a": 1.0, "b": 0.1, "c": 0.01}
+    clips = tuple(
+        outcome(cell, "cat", 30.0 - 10.0 * math.log10(moves) - 20.0 * math.log10(12 / whole), ratio)
+        for cell, moves in motion.items()
+        for ratio, whole in ((0.75, 8), (0.875, 10))
     )
-    (row,) = (row for row in report_of(replace(found, outcomes=worse), PLANNING, {}).results if "off_by_db" in row)
-    assert row["psnr_db_at_unit_distortion"] == pytest.approx(30.0)
-    assert row["psnr_db_per_decade"] == pytest.approx(6.0)
-    assert row["off_by_db"] == pytest.approx(0.0, abs=1e-9)
+    (row,) = fit_rows(Study(cells, clips, STEPS, motion, 12))
+    fitted = [row[name] for name in ("psnr_db_at_unit_motion", "per_decade_of_motion", "per_decade_of_gap", "off_db")]
+    assert fitted == pytest.approx([30.0, 10.0, 20.0, 0.0], abs=1e-6)
 
 
 def test_a_rival_that_is_better_is_named_a_loss() -> None:

@@ -13,14 +13,15 @@ from hypothesis import strategies as st
 from cinecat.engines.tokens.allocation import Regions
 from cinecat.engines.tokens.budget import (
     KEEP_RATIOS,
-    PSNR_DB_AT_UNIT_DISTORTION,
-    PSNR_DB_PER_DECADE,
+    PSNR_DB_PER_DECADE_OF_GAP,
+    PSNR_DB_PER_DECADE_OF_MOTION,
     expected_psnr_db,
     keep_ratio_for,
     least_keep_ratio,
     step_tokens,
 )
 from cinecat.engines.tokens.grid import Grid
+from cinecat.engines.tokens.schedule import step_rungs
 
 GRIDS = st.builds(Grid, st.integers(1, 6), st.integers(1, 7), st.integers(1, 7))
 TINY = Grid(5, 8, 8)
@@ -49,25 +50,23 @@ def test_a_grid_is_never_merged_below_its_regions() -> None:
     assert least_keep_ratio(Grid(1, 2, 2)) == 1.0
 
 
-def test_ten_times_the_distortion_costs_as_many_decibels_as_fitted() -> None:
-    assert expected_psnr_db(0.1) - expected_psnr_db(1.0) == pytest.approx(PSNR_DB_PER_DECADE)
-    assert expected_psnr_db(1.0) == PSNR_DB_AT_UNIT_DISTORTION
-    assert expected_psnr_db(0.0) == math.inf
+def test_what_moves_and_what_lies_apart_costs_as_many_decibels_as_fitted() -> None:
+    def expected(keep_ratio: float, motion: float) -> float:
+        return expected_psnr_db(12, keep_ratio, motion)
+
+    assert expected(0.5, 0.1) - expected(0.5, 1.0) == pytest.approx(PSNR_DB_PER_DECADE_OF_MOTION)
+    wider = math.log10(step_rungs(12, 0.75).count(1.0) / step_rungs(12, 0.375).count(1.0))
+    assert expected(0.75, 0.1) - expected(0.375, 0.1) == pytest.approx(PSNR_DB_PER_DECADE_OF_GAP * wider)
+    assert expected(0.5, 0.0) == expected(1.0, 0.1) == math.inf
 
 
-def test_a_higher_target_takes_a_higher_ratio_until_nothing_is_merged() -> None:
-    def loss(tokens: int) -> float:
-        return TINY.count * (1.0 - tokens / TINY.count)
-
-    ratios = [keep_ratio_for(TINY, 8, expected_psnr_db(lost), loss) for lost in (2.0, 0.5, 0.25, 0.01)]
+def test_a_higher_target_and_more_motion_take_a_higher_ratio_until_nothing_is_merged() -> None:
+    ratios = [keep_ratio_for(12, target, 0.03) for target in (15.0, 35.0, 40.0, 45.0, 60.0)]
     assert ratios == sorted(ratios)
     assert (ratios[0], ratios[-1]) == (KEEP_RATIOS[0], 1.0)
-    assert ratios[1] < ratios[2] < 1.0
-
-
-def test_a_clip_without_redundancy_keeps_more_than_a_still_one() -> None:
-    assert keep_ratio_for(TINY, 8, 30.0, lambda tokens: 0.0) == KEEP_RATIOS[0]
-    assert keep_ratio_for(TINY, 8, 30.0, lambda tokens: 1e9) == 1.0
+    assert len(set(ratios)) > 2
+    assert keep_ratio_for(12, 40.0, 0.0) == KEEP_RATIOS[0]
+    assert keep_ratio_for(12, 40.0, 0.003) < keep_ratio_for(12, 40.0, 0.3)
 
 
 def test_the_front_reckons_without_torch() -> None:

@@ -102,8 +102,9 @@ def test_every_other_film_comes_again_in_one_style_after_the_other() -> None:
         assert not cell.counts
 
 
-def test_what_plans_lose_falls_with_the_keep_ratio(found: Study) -> None:
-    assert found.lost["roam", 0.5] > found.lost["roam", 0.75] > 0.0
+def test_the_motion_of_every_film_is_told(found: Study) -> None:
+    assert found.motion.keys() == {cell.name for cell in found.cells}
+    assert all(motion > 0.0 for motion in found.motion.values())
 
 
 def test_what_there_is_no_time_for_is_named(work: StudyWork) -> None:
