@@ -93,7 +93,7 @@ class AdaptiveTokens:
         self.spent.append(tokens)
         if self.target_psnr_db is not None and len(self.spent) == 1:
             with self._timed():
-                self.keep_ratio = keep_ratio_for(self.steps, self.target_psnr_db, motion_of(clean))
+                self.keep_ratio = keep_ratio_for(self.grid, self.steps, self.target_psnr_db, motion_of(clean))
 
     @contextmanager
     def _timed(self) -> Iterator[None]:

@@ -27,7 +27,7 @@ def step_tokens(grid: Grid, steps: int, keep_ratio: float, run_steps: int | None
         run_steps: how many steps run the model, the others spend none; None for all.
     """
     runs = spread_steps(steps, steps if run_steps is None else run_steps)
-    rungs = enumerate(step_rungs(steps, keep_ratio))
+    rungs = enumerate(step_rungs(grid, steps, keep_ratio))
     return tuple(rung_tokens(grid, rung) if step in runs else 0 for step, rung in rungs)
 
 
@@ -36,7 +36,7 @@ def least_keep_ratio(grid: Grid) -> float:
     return rung_tokens(grid, LEAST_KEEP_RATIO) / grid.count
 
 
-def expected_psnr_db(steps: int, keep_ratio: float, motion: float) -> float:
+def expected_psnr_db(grid: Grid, steps: int, keep_ratio: float, motion: float) -> float:
     """PSNR to the uniform result, in dB, that is to be expected of a clip.
 
     What a merged step begins with is carried on over the gap between whole steps, and goes wrong where things move;
@@ -45,14 +45,14 @@ def expected_psnr_db(steps: int, keep_ratio: float, motion: float) -> float:
     Args:
         motion: as of `adaptive.motion_of`.
     """
-    whole = step_rungs(steps, keep_ratio).count(1.0)
+    whole = step_rungs(grid, steps, keep_ratio).count(1.0)
     if motion <= 0.0 or whole == steps:
         return math.inf
     gap = PSNR_DB_PER_DECADE_OF_GAP * math.log10(steps / whole)
     return PSNR_DB_AT_UNIT_MOTION - PSNR_DB_PER_DECADE_OF_MOTION * math.log10(motion) - gap
 
 
-def keep_ratio_for(steps: int, target_psnr_db: float, motion: float) -> float:
+def keep_ratio_for(grid: Grid, steps: int, target_psnr_db: float, motion: float) -> float:
     """The smallest of KEEP_RATIOS that should hold a quality, with a standard deviation to spare; else 1.
 
     Args:
@@ -60,6 +60,6 @@ def keep_ratio_for(steps: int, target_psnr_db: float, motion: float) -> float:
         motion: of the content at hand, as of `adaptive.motion_of`.
     """
     for keep_ratio in KEEP_RATIOS:
-        if expected_psnr_db(steps, keep_ratio, motion) >= target_psnr_db + PSNR_DB_OFF:
+        if expected_psnr_db(grid, steps, keep_ratio, motion) >= target_psnr_db + PSNR_DB_OFF:
             return keep_ratio
     return 1.0

@@ -40,7 +40,7 @@ def rung_tokens(grid: Grid, rung: float) -> int:
     return min(grid.count, max(grid.least, math.ceil(grid.count * rung / MULTIPLE) * MULTIPLE))
 
 
-def step_rungs(steps: int, keep_ratio: float) -> tuple[float, ...]:
+def step_rungs(grid: Grid, steps: int, keep_ratio: float) -> tuple[float, ...]:
     """The rung of every step, so that their mean comes as near to the keep ratio as it can without exceeding it.
 
     Steps at full tokens are spread as those that run under step caching, so that between two of them few are merged: a
@@ -52,8 +52,9 @@ def step_rungs(steps: int, keep_ratio: float) -> tuple[float, ...]:
             spends more, all other steps are at the lowest rung.
     """
     for rung in (MERGED_RUNG, RUNGS[-1]):
-        # whole + (steps - whole) x rung <= keep_ratio x steps
-        whole = math.floor(steps * (keep_ratio - rung) / (1.0 - rung) + 1e-9)
+        # whole + (steps - whole) x merged <= keep_ratio x steps
+        merged = rung_tokens(grid, rung) / grid.count
+        whole = steps if merged == 1.0 else math.floor(steps * (keep_ratio - merged) / (1.0 - merged) + 1e-9)
         if whole >= steps // 2:
             break
     chosen = spread_steps(steps, min(steps, max(1, whole)))

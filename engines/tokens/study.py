@@ -26,6 +26,7 @@ from cinecat.engines.quality.pixels import MOST_DECIBELS, psnr, temporal_flicker
 from cinecat.engines.quality.structure import structure
 from cinecat.engines.slots import NO_STYLE
 from cinecat.engines.tokens.adaptive import AdaptiveTokens, motion_of, price
+from cinecat.engines.tokens.grid import Grid
 from cinecat.engines.tokens.rivals import EQUAL_TOKENS
 from cinecat.engines.tokens.samplers import (
     ContentAdaptive,
@@ -170,6 +171,7 @@ class Study:
         step_seconds: samples of single steps, by name: "uniform", "coarse", "keep_050", "keep_025", "tokens_N" for
             merged steps of N tokens, "side_N" for a smaller clip; planning, merge and unmerge included.
         motion: by cell, what the first step predicts, as `adaptive.motion_of`.
+        grid: of the films' patches.
         steps: of the uniform path.
         left_out: names of cells for which there was no time.
     """
@@ -178,6 +180,7 @@ class Study:
     outcomes: tuple[Outcome, ...]
     step_seconds: Mapping[str, Sequence[float]]
     motion: Mapping[str, float]
+    grid: Grid
     steps: int
     left_out: tuple[str, ...] = ()
 
@@ -292,7 +295,7 @@ def study(
         began = time.monotonic()
         if index > 0 and began + slowest > deadline:
             left = tuple(cell.name for cell in cells[index:])
-            return Study(tuple(cells[:index]), tuple(outcomes), steps, motion, work.steps, left)
+            return Study(tuple(cells[:index]), tuple(outcomes), steps, motion, first.grid, work.steps, left)
         outfit = parts.wardrobe.dress(_use(styles, cell.style), merging=True)
         start = _begin(parts, work, cell, outfit)
         watched = _Watched()
@@ -310,7 +313,7 @@ def study(
             moved(len(outcomes))
         parts.wardrobe.undress(outfit)
         slowest = max(slowest, time.monotonic() - began)
-    return Study(tuple(cells), tuple(outcomes), steps, motion, work.steps)
+    return Study(tuple(cells), tuple(outcomes), steps, motion, first.grid, work.steps)
 
 
 @dataclass

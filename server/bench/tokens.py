@@ -273,7 +273,7 @@ def fit_rows(found: Study) -> list[dict[str, Any]]:
         return []
     ones = np.ones(len(clips))
     motion = np.log10([found.motion[outcome.cell] for outcome in clips])
-    rungs = [step_rungs(found.steps, outcome.keep_ratio) for outcome in clips]
+    rungs = [step_rungs(found.grid, found.steps, outcome.keep_ratio) for outcome in clips]
     gap = np.log10([len(each) / each.count(1.0) for each in rungs])
     decibels = np.array([outcome.scores["psnr_uniform"] for outcome in clips])
     axes = np.stack([ones, motion, gap], axis=1)

@@ -14,6 +14,7 @@ import typer
 from typer.testing import CliRunner
 
 from cinecat.engines.tokens import study
+from cinecat.engines.tokens.grid import Grid
 from cinecat.engines.tokens.rivals import EQUAL_TOKENS as PARTITIONS
 from cinecat.engines.tokens.study import Cell, Outcome, Study, StudyWork, make_cells, smaller_sides
 from cinecat.engines.training.film import make_clip
@@ -31,6 +32,7 @@ from cinecat.server.bench.tokens import (
 )
 from cinecat.server.commands import bench as bench_command
 
+GRID = Grid(5, 16, 16)
 FILM = make_clip(0, 2, 32, 32)
 FLAT = Cell("flat", FILM, 0.0, 0.0)
 FAST = Cell("fast", FILM, 1.0, 1.0)
@@ -76,7 +78,7 @@ def outcomes(cell: str, psnr: Mapping[str, float]) -> tuple[Outcome, ...]:
 
 def made(psnr: Mapping[str, float] = PSNR, noise: float = 36.0) -> Study:
     shown = outcomes("flat", psnr) + outcomes("fast", psnr) + outcomes("noise", {**psnr, "cat": noise})
-    return Study((FLAT, FAST, NOISE), shown, STEPS, {"flat": 0.1, "fast": 1.0}, 12)
+    return Study((FLAT, FAST, NOISE), shown, STEPS, {"flat": 0.1, "fast": 1.0}, GRID, 12)
 
 
 def test_all_checks_of_the_design_are_there_and_can_be_met() -> None:
@@ -120,7 +122,7 @@ def test_the_constants_of_the_automatic_ratio_are_fitted() -> None:
         for cell, moves in motion.items()
         for ratio, whole in ((0.75, 8), (0.875, 10))
     )
-    (row,) = fit_rows(Study(cells, clips, STEPS, motion, 12))
+    (row,) = fit_rows(Study(cells, clips, STEPS, motion, GRID, 12))
     fitted = [row[name] for name in ("psnr_db_at_unit_motion", "per_decade_of_motion", "per_decade_of_gap", "off_db")]
     assert fitted == pytest.approx([30.0, 10.0, 20.0, 0.0], abs=1e-6)
 
