@@ -170,6 +170,8 @@ def save_lora(path: Path, factors: Mapping[str, Tensor], config: LoraConfig) -> 
         weight_name=path.name,
         transformer_lora_adapter_metadata=config.to_dict(),
     )
+    # safetensors makes files that their owner alone can read, and a server often runs as somebody else.
+    path.chmod(0o644)
 
 
 def encode_preview(frames: NDArray[np.uint8], fps: float, limit: int = MAX_PREVIEW_BYTES) -> bytes:

@@ -132,6 +132,10 @@ def test_diffusers_loads_it_with_the_same_effect(
     assert (velocity(transformer) - expected).norm() <= 1e-5 * expected.norm()
 
 
+def test_everybody_may_read_it(folder: Path) -> None:
+    assert (folder / "dusk-2.safetensors").stat().st_mode & 0o777 == 0o644
+
+
 def test_the_preview_moves(folder: Path) -> None:
     with Image.open(folder / "preview.webp") as preview:
         assert (preview.n_frames, preview.size) == (5, (32, 32))  # type: ignore[attr-defined]
