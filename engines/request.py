@@ -55,7 +55,7 @@ class Request:
     runs: frozenset[int] | None = None  # steps that run the model; None where all do
     remembered: Remembered = field(
         default_factory=Remembered
-    )  # what steps at full tokens predicted, after guidance; nothing where all steps are such
+    )  # what steps at full tokens predicted, after guidance; nothing on the uniform path where none is cached
     spent: tuple[int, ...] = ()  # tokens of each step that is done; 0 where it was cached
     decoder: stages.Decoder | None = None
 

@@ -59,7 +59,7 @@ class Progress:
         spent: tokens of each step that is done.
         keep_ratio: that the clip is held to.
         surroundings: what rounding depends on besides, such as the engine, by name.
-        remembered: sigmas and clean latents of `step_cache.Remembered`; empty where all steps run on all tokens.
+        remembered: sigmas and clean latents of `step_cache.Remembered`; empty on the uniform path where none is cached.
     """
 
     latents: Tensor

@@ -1,4 +1,4 @@
-"""Step caching: what the model predicted in the steps that ran, and what the steps between them make of it.
+"""Step caching: what the model predicted in steps at full tokens, and what the steps between them make of it.
 
 A cached step runs nothing. The clean prediction of the last two steps that ran is carried on linearly in sigma, the
 share of noise, and the velocity follows from the clip's own latents. Feature caches of the literature (TeaCache, arXiv
@@ -15,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Remembered:
-    """What the last steps that ran predicted.
+    """What the last steps at full tokens predicted.
 
     Attributes:
         predictions: sigma and clean latents [1, 16, T, H, W] of at most two, the earlier first.
@@ -24,12 +24,12 @@ class Remembered:
     predictions: tuple[tuple[float, Tensor], ...] = ()
 
     def with_step(self, sigma: float, clean: Tensor) -> Remembered:
-        """After another step that ran."""
+        """After another step at full tokens."""
         return Remembered((*self.predictions[-1:], (sigma, clean)))
 
     @property
     def last(self) -> Tensor:
-        """As the last step that ran predicted; there must be one."""
+        """As the last of them predicted; there must be one."""
         return self.predictions[-1][1]
 
     def carried_on(self, sigma: float) -> Tensor:

@@ -87,7 +87,7 @@ class AdaptiveTokens:
         """Learns from a step that is done.
 
         Args:
-            clean: latents as the step predicted them, after guidance, float32 [1, 16, T, H, W].
+            clean: latents as the last step at full tokens predicted them, after guidance, float32 [1, 16, T, H, W].
             tokens: that it spent.
         """
         self.spent.append(tokens)

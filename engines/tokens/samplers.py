@@ -280,10 +280,9 @@ class ContentAdaptive:
         return Forward(Merged(plan, expected), adapted=self.adapted)
 
     def observe(self, latents: Tensor, velocity: Tensor, sigma: float, tokens: int) -> None:
-        clean = latents - sigma * velocity
         if tokens == self.tokens.grid.count:
-            self._seen = self._seen.with_step(sigma, clean)
-        self.tokens.observe(clean, tokens)
+            self._seen = self._seen.with_step(sigma, latents - sigma * velocity)
+        self.tokens.observe(self._seen.last, tokens)
 
 
 @dataclass

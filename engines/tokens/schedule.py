@@ -7,7 +7,10 @@ import math
 from cinecat.engines.tokens.grid import Grid
 
 RUNGS = (1.0, 0.75, 0.5, 0.375, 0.25, 0.125)
-"""Keep ratios of single steps: engines are built for these sequence lengths and no others."""
+"""Keep ratios of single steps: engines are built for these sequence lengths and no others.
+
+Requests come to 1, MERGED_RUNG and the lowest; the others are for the training of adapters.
+"""
 
 MULTIPLE = 8
 """What a merged step's tokens are rounded up to a multiple of: kernels and shards divide it."""
@@ -41,11 +44,12 @@ def rung_tokens(grid: Grid, rung: float) -> int:
 
 
 def step_rungs(grid: Grid, steps: int, keep_ratio: float) -> tuple[float, ...]:
-    """The rung of every step, so that their mean comes as near to the keep ratio as it can without exceeding it.
+    """The rung of every step, so that their mean comes near to the keep ratio without exceeding it.
 
     Steps at full tokens are spread as those that run under step caching, so that between two of them few are merged: a
     merged one begins with what is carried on from the last two whole ones. All others are at MERGED_RUNG where that
-    leaves half of the steps whole, and else at the lowest rung, since a whole step is worth more than tokens between.
+    leaves half of the steps whole, rounded down, and else at the lowest rung: a whole step is worth more than tokens
+    between, and where there is no whole step to be had for them, wan-tiny's clips are still no worse with fewer.
 
     Args:
         keep_ratio: above 0, at most 1, over all steps of the clip. Where it cannot be held, since the first step alone

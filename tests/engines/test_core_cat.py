@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from cinecat.engines.core import EngineCore
 from cinecat.engines.messages import Cat, CoreConfig, RequestStepped, Shot, StyleUse
 from cinecat.engines.tokens.budget import step_tokens
 from cinecat.engines.tokens.grid import Grid
+from cinecat.engines.tokens.samplers import Parts, adaptive, begin, sample
 
 SHOT = Shot(
     job_id="a",
@@ -88,6 +90,20 @@ def test_plans_follow_the_clean_prediction_after_guidance(core: EngineCore) -> N
     expected = before - timestep / 1000 * (unwanted + 4.0 * (wanted - unwanted))
     torch.testing.assert_close(request.remembered.last, expected)
     core.release("a")
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_a_request_gets_what_the_benchs_sampler_makes(core: EngineCore, micro: Path, guidance: float) -> None:
+    shot = replace(SHOT, negative_prompt="", guidance_scale=guidance, steps=8, cat=Cat(keep_ratio=0.8))
+    parts = Parts.load(str(micro))
+    start = begin(parts, shot.image, shot.prompt, shot.frames, guidance, shot.seed)
+    expected = sample(parts, start, shot.steps, adaptive(0.8)(start.grid, shot.steps))
+    found, told = render(core, shot)
+    spent = tuple(step.tokens for step in told)
+    whole = [tokens == 48 for tokens in spent]
+    assert any(sum(whole[:step]) > 1 for step, each in enumerate(whole) if not each)  # a line goes through two
+    assert spent == expected.tokens
+    assert torch.equal(found, expected.latents)
 
 
 def test_a_clip_of_few_tokens_leaves_others_as_they_are(core: EngineCore) -> None:

@@ -141,7 +141,7 @@ def _drawn(recipe: CatRecipe, styles: Sequence[str], first_seed: int, count: int
                 height=sizes[size][1],
                 frames=recipe.frames,
                 steps=steps,
-                whole=max(1, round(steps * (least + (top - least) * share))),
+                whole=min(steps - 1, max(1, round(steps * (least + (top - least) * share)))),
                 kind=kind,
                 rung=recipe.rungs[rung] if kind == "merged" else 1.0,
                 style=styles[turn % len(styles)] if styled and styles else "",

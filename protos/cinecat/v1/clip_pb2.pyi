@@ -219,7 +219,7 @@ class ClipSpec(_message.Message):
     changed, so that the same clip can be asked for again.
     """
     run_steps: _builtins.int
-    """How many of the steps run the model, 2 to `steps`: the first, the last, and the others evenly spread. The steps
+    """How many of the steps run the model, 2 to `steps`: the first, the last two, and the others evenly spread. The steps
     between carry its last predictions on, which takes next to no time and is lossy. Unset, all run. Not with CAT.
     """
     @_builtins.property

@@ -103,11 +103,12 @@ def test_merged_steps_begin_with_what_whole_ones_lead_to(parts: Parts, start: St
     latents = start.noise
     for step, (sigma, tokens) in enumerate([(0.9, 32), (0.8, 32), (0.6, 16)]):
         decision = policy.decide(step, sigma)
-        merged = decision.merged if isinstance(decision, Forward) else None
-        if merged is not None:
+        assert isinstance(decision, Forward)
+        assert (decision.merged is None) == (step == 0)
+        if decision.merged is not None:
             expected = cache.decide(step, sigma)
             assert isinstance(expected, Reuse)
-            assert torch.equal(merged.prediction, expected.clean)
+            assert torch.equal(decision.merged.prediction, expected.clean)
         velocity = torch.full_like(latents, float(step))
         policy.observe(latents, velocity, sigma, tokens)
         if tokens == start.grid.count:
