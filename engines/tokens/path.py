@@ -59,7 +59,7 @@ def unmerge(plan: TokenPlan, clean: Tensor, prediction: Tensor) -> Tensor:
 
     A patch follows its token by 1 / size. What merged tokens predict is less to be trusted than what the patches had
     before: on wan-tiny the best share, by least squares over one step, is 0.3 at two patches, 0.1 at four and 0.05 at
-    eight, and over all steps an nth is worth 3 to 5 dB to following in full (docs/token-allocation.md).
+    eight, and over all steps an nth is 2 to 5 dB better than following in full (docs/token-allocation.md).
 
     Args:
         clean: [rows, tokens, channels].
