@@ -94,7 +94,7 @@ class Request:
     def moment(self) -> tuple[Moment, int]:
         """What the coming step is predicted from, and its tokens; 0 for a cached one."""
         merged, worn, timestep = None, self.outfit.whole, self.timesteps[self.step]
-        if self.tokens is not None and self.step > 0:
+        if self.tokens is not None and self.tokens.merges:
             expected = self.remembered.carried_on(sigma_of(timestep))
             if (plan := self.tokens.plan(expected)) is not None:
                 merged, worn = Merged(plan, expected), self.outfit.merged

@@ -65,17 +65,21 @@ class AdaptiveTokens:
         """Tokens of the coming step."""
         return step_tokens(self.grid, self.steps, self.keep_ratio)[len(self.spent)]
 
+    @property
+    def merges(self) -> bool:
+        """Whether patches share tokens in the coming step; in the first they never do."""
+        return self.coming < self.grid.count
+
     def plan(self, expected: Tensor) -> TokenPlan | None:
         """The plan of the coming step; None where every patch is a token.
 
         Args:
             expected: of the clean latents, float32 [1, 16, T, H, W].
         """
-        tokens = self.coming
-        if tokens >= self.grid.count:
+        if not self.merges:
             return None
         with self._timed():
-            return price(self.grid, expected).allocate(tokens)
+            return price(self.grid, expected).allocate(self.coming)
 
     def observed(self, clean: Tensor, tokens: int) -> AdaptiveTokens:
         """What `observe` makes of it, which itself stays as it is."""

@@ -23,7 +23,7 @@ from cinecat.engines.backends.stack import WanStack
 from cinecat.engines.backends.torch_eager import TorchEngine
 from cinecat.engines.checkpoint import find_checkpoint
 from cinecat.engines.context import Branch
-from cinecat.engines.denoise import Denoiser, EngineBlocks, Merged, guided
+from cinecat.engines.denoise import Denoiser, EngineBlocks, Merged, guided, sigma_of
 from cinecat.engines.model import WanModel, load_model, synchronize
 from cinecat.engines.slots import StyleSlots, Worn
 from cinecat.engines.step_cache import Remembered, velocity_towards
@@ -194,7 +194,7 @@ def sample(parts: Parts, start: Start, steps: int, policy: Policy) -> Sampled:
     clean: Tensor | None = None
     started = time.perf_counter()
     for step, timestep in enumerate(scheduler.timesteps):
-        sigma = float(timestep) / 1000.0
+        sigma = sigma_of(timestep)
         decision = policy.decide(step, sigma)
         if isinstance(decision, Reuse):
             velocity, tokens = velocity_towards(decision.clean, latents, sigma), 0
@@ -269,7 +269,7 @@ class ContentAdaptive:
     _seen: Remembered = field(default_factory=Remembered)
 
     def decide(self, step: int, sigma: float) -> Forward | Reuse:
-        if step == 0:
+        if not self.tokens.merges:
             return Forward()
         expected = self._seen.carried_on(sigma)
         plan = self.tokens.plan(expected)
